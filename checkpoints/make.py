@@ -1,0 +1,173 @@
+"""Makes the bundled models of a profile from nothing: python checkpoints/make.py toy|small [--only PART ...]
+
+Four parts, in this order: classifier, captioner, vae, diffusion. Each resumes where it was killed (state, learning curve
+and log lie in checkpoints/work/PROFILE/PART), uses a GPU where there is one, and is saved by the class that will load it.
+"""
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from collections import Counter
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+from lgap_utils import models, train  # noqa: E402
+from lgap_utils.data import load_images, pixel_caption  # noqa: E402
+from lgap_utils.profiles import get_profile  # noqa: E402
+
+# Sizes and lengths, the only things that differ between the two.
+RECIPES = {
+    "toy": {
+        "n": 24_000, "flip": False,
+        "classifier": {"depth": 10, "widen_factor": 2, "lr": 3e-3, "optimizer": "adamw", "weight_decay": 1e-2,
+                       "epochs": 3, "batch_size": 64, "augment": False},
+        "captioner": {"width": 96, "layers": 4, "text_layers": 2, "epochs": 8},
+        "vae": {"channels": (16, 32, 64), "latent_channels": 8, "epochs": 2},
+        "diffusion": {"channels": (48, 96), "text_width": 64, "epochs": 6},
+    },
+    "small": {
+        "n": None, "flip": True,
+        "classifier": {"depth": 16, "widen_factor": 2, "lr": 0.2, "optimizer": "sgd", "weight_decay": 5e-4,
+                       "epochs": 12, "batch_size": 128, "augment": True, "small_epochs": 6},
+        "captioner": {"width": 128, "layers": 5, "text_layers": 2, "epochs": 8},
+        "vae": {"channels": (16, 32, 64), "latent_channels": 16, "epochs": 2},
+        "diffusion": {"channels": (64, 128), "text_width": 96, "epochs": 3},
+    },
+}
+
+
+def words_of(captions, prompt):
+    """Every word of the prompt and the captions, the most frequent first."""
+    return [w for w, _ in Counter(" ".join([prompt, *captions]).split()).most_common()]
+
+
+def new_captioner(captions, profile, device, *, width, layers, text_layers, patch=4):
+    """BLIP at a small size, with a WordPiece vocabulary of the captions' words and, for all others, single letters."""
+    from transformers import BertTokenizer, BlipConfig, BlipForConditionalGeneration, BlipImageProcessor, BlipProcessor
+    letters = "abcdefghijklmnopqrstuvwxyz0123456789"
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", *".,'-", *letters, *(f"##{c}" for c in letters)]
+    vocabulary += [w for w in words_of(captions, profile.prompt) if w not in vocabulary]
+    tokenizer = BertTokenizer(vocab={w: i for i, w in enumerate(vocabulary)}, additional_special_tokens=["[DEC]"])
+    mean, std = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]     # CLIP's, as BLIP has
+    shape = {"height": profile.size, "width": profile.size}
+    processor = BlipProcessor(BlipImageProcessor(size=shape, image_mean=mean, image_std=std), tokenizer)
+    config = BlipConfig(
+        vision_config={"image_size": profile.size, "patch_size": patch, "hidden_size": width, "intermediate_size": 2 * width,
+                       "num_hidden_layers": layers, "num_attention_heads": 4, "projection_dim": width, "initializer_range": 0.02},
+        text_config={"vocab_size": len(vocabulary), "hidden_size": width, "encoder_hidden_size": width,
+                     "intermediate_size": 2 * width, "projection_dim": width, "num_hidden_layers": text_layers,
+                     "num_attention_heads": 4, "max_position_embeddings": 64, "bos_token_id": vocabulary.index("[DEC]"),
+                     "eos_token_id": vocabulary.index("[SEP]"), "sep_token_id": vocabulary.index("[SEP]"), "pad_token_id": 0},
+        projection_dim=width, image_text_hidden_size=width)
+    model = BlipForConditionalGeneration(config)
+    return models.Captioner(model, processor, prompt=profile.prompt, num_beams=profile.num_beams,
+                            max_length=profile.max_length, min_length=profile.min_length).to(device)
+
+
+def new_text_tokenizer(captions, prompt, length):
+    """CLIP's byte-level BPE with merges learned on the captions' words; any other text falls apart into bytes."""
+    import json
+
+    from tokenizers import Tokenizer, models as bpe, pre_tokenizers, trainers
+    from transformers import CLIPTokenizer
+    learner = Tokenizer(bpe.BPE(end_of_word_suffix="</w>"))
+    learner.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    learner.train_from_iterator([words_of(captions, prompt)], trainers.BpeTrainer(
+        vocab_size=5000, min_frequency=1, end_of_word_suffix="</w>", show_progress=False))
+    merges = [tuple(m) if isinstance(m, list) else tuple(m.split()) for m in json.loads(learner.to_str())["model"]["merges"]]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    pieces = [*alphabet, *(c + "</w>" for c in alphabet), *(a + b for a, b in merges), "<|startoftext|>", "<|endoftext|>"]
+    pieces = list(dict.fromkeys(pieces))
+    return CLIPTokenizer(vocab={p: i for i, p in enumerate(pieces)}, merges=merges, model_max_length=length)
+
+
+def new_vae(profile, *, channels, latent_channels):
+    from diffusers import AutoencoderKL
+    n = len(channels)
+    return AutoencoderKL(block_out_channels=channels, down_block_types=("DownEncoderBlock2D",) * n,
+                         up_block_types=("UpDecoderBlock2D",) * n, layers_per_block=1, latent_channels=latent_channels,
+                         norm_num_groups=8, sample_size=profile.size)
+
+
+def new_diffusion(vae, captions, profile, device, *, channels, text_width, tokens=32):
+    """Stable Diffusion's parts at a small size around a trained VAE, as a purifier."""
+    from diffusers import UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+    tokenizer = new_text_tokenizer(captions, profile.prompt, tokens)
+    text_encoder = CLIPTextModel(CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=text_width, intermediate_size=2 * text_width, num_hidden_layers=2,
+        num_attention_heads=4, max_position_embeddings=tokens, projection_dim=text_width, bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
+    n = len(channels)
+    unet = UNet2DConditionModel(
+        sample_size=profile.size // 2 ** (len(vae.config.block_out_channels) - 1), in_channels=vae.config.latent_channels,
+        out_channels=vae.config.latent_channels, block_out_channels=channels, layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D",) * n, up_block_types=("CrossAttnUpBlock2D",) * n,
+        cross_attention_dim=text_width, attention_head_dim=4, norm_num_groups=16)
+    scheduler = models.ddim({"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"})
+    purifier = models.LatentPurifier(vae, unet, text_encoder, tokenizer, scheduler, size=profile.size, strength=profile.strength)
+    return purifier.to(device, memory_format=torch.channels_last)
+
+
+def make_classifier(profile, images, captions, work, out, device, depth, widen_factor, **how):
+    net = models.new_wide_resnet(depth, widen_factor, len(images.classes))
+    train.train_classifier(net, images, work, device=device, **how)
+    models.save_classifier(net, out / "classifier", depth=depth, widen_factor=widen_factor, num_classes=len(images.classes))
+
+
+def make_captioner(profile, images, captions, work, out, device, flip=False, epochs=1, **sizes):
+    captioner = new_captioner(captions, profile, device, **sizes)
+    train.train_captioner(captioner, images, captions, work, epochs=epochs, flip=flip)
+    captioner.model.half().save_pretrained(out / "captioner")
+    captioner.processor.save_pretrained(out / "captioner")
+
+
+def make_vae(profile, images, captions, work, out, device, flip=False, epochs=1, **sizes):
+    vae = new_vae(profile, **sizes).to(device, memory_format=torch.channels_last)
+    train.train_vae(vae, images, work, epochs=epochs, flip=flip)
+    vae.half().save_pretrained(out / "diffusion" / "vae")
+
+
+def make_diffusion(profile, images, captions, work, out, device, flip=False, epochs=1, **sizes):
+    from diffusers import AutoencoderKL
+    vae = AutoencoderKL.from_pretrained(out / "diffusion" / "vae", torch_dtype=torch.float32, local_files_only=True, low_cpu_mem_usage=False)
+    purifier = new_diffusion(vae, captions, profile, device, **sizes)
+    train.train_diffusion(purifier, images, captions, work, epochs=epochs, flip=flip)
+    for name in ("unet", "text_encoder"):
+        getattr(purifier, name).half().save_pretrained(out / "diffusion" / name)
+    purifier.tokenizer.save_pretrained(out / "diffusion" / "tokenizer")
+    purifier.scheduler.save_pretrained(out / "diffusion" / "scheduler")
+
+
+PARTS = {"classifier": make_classifier, "captioner": make_captioner, "vae": make_vae, "diffusion": make_diffusion}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("profile", choices=sorted(RECIPES))
+    parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS), help="parts to make (default: all)")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: all)")
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    profile, recipe = get_profile(args.profile), RECIPES[args.profile]
+    device, out = models.device_and_dtype(), HERE / args.profile
+    images = load_images(profile.dataset, "train", recipe["n"])
+    captions = images.captions or [pixel_caption(p, images.classes[y], i) for p, y, i in
+                                   zip(images.pixels, images.labels.tolist(), images.indices.tolist())]
+    for name in args.only:
+        torch.manual_seed(0)                                            # the initial weights
+        flip = {} if name == "classifier" else {"flip": recipe["flip"]}
+        work = HERE / "work" / args.profile / name
+        PARTS[name](profile, images, captions, work, out, device, **flip, **recipe[name])
+        shutil.copy(work / "log.csv", out / f"{name}_curve.csv")
+    models.write_checksums(out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,273 @@
+"""Training: the classifier's fine-tuning (paper section 3.2) and what makes the bundled checkpoints.
+
+Everything runs through one loop, `fit`: a fixed number of steps, each drawing its batch and its noise from
+(seed, step) alone, so that a killed run goes on exactly where its last checkpoint was.
+"""
+from __future__ import annotations
+
+import csv
+import math
+import os
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm.auto import tqdm
+
+from .keyed import generator
+
+
+def one_cycle(step, n_steps, warmup=0.1):
+    """Learning-rate factor in [0, 1]: linear up over the first `warmup` of the steps, then a cosine down to 0."""
+    rise = max(1, int(warmup * n_steps))
+    if step < rise:
+        return (step + 1) / rise
+    return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, n_steps - rise)))
+
+
+def save_atomically(obj, path):
+    """`torch.save` that leaves either the old file or the new one, never half of one."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    with open(part, "wb") as f:
+        torch.save(obj, f)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(part, path)
+
+
+def fit(model, loss_of, *, n_steps, lr, folder, seed=0, optimizer="adamw", weight_decay=0.0, warmup=0.1,
+        schedule=one_cycle, clip=None, ema=None, save_every=250, log_every=50, title=None):
+    """Train `model` in place for `n_steps` optimiser steps; resume from `folder/state.pt` if it is there.
+
+    loss_of(step, rng) -> scalar loss, or (loss, {name: number}) to log; `rng` is a CPU torch.Generator that depends
+    on (seed, step) alone. optimizer: "adamw", "adam" or "sgd" (Nesterov, momentum 0.9). ema: decay of an exponential
+    moving average of the parameters, which replaces them at the end. Writes `folder/log.csv` (step, lr, loss, ...).
+    Raises ValueError if the folder holds a run of another length or seed, or one whose loss is not finite.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    params = [p for p in model.parameters() if p.requires_grad]
+    make = {"adamw": lambda: torch.optim.AdamW(params, lr=lr, weight_decay=weight_decay),
+            "adam": lambda: torch.optim.Adam(params, lr=lr, weight_decay=weight_decay),
+            "sgd": lambda: torch.optim.SGD(params, lr=lr, weight_decay=weight_decay, momentum=0.9, nesterov=True)}
+    if optimizer not in make:
+        raise ValueError(f"no optimizer {optimizer!r}; choose from {sorted(make)}")
+    opt = make[optimizer]()
+    average = [p.detach().clone() for p in params] if ema else []
+    rows, start, state_file = [], 0, folder / "state.pt"
+    config = {"n_steps": n_steps, "lr": lr, "seed": seed, "optimizer": optimizer, "weight_decay": weight_decay}
+    if state_file.exists():
+        state = torch.load(state_file, map_location="cpu", weights_only=True)
+        if state["config"] != config:
+            changed = {k: (state["config"].get(k), v) for k, v in config.items() if state["config"].get(k) != v}
+            raise ValueError(f"{state_file} belongs to another run, (there, here): {changed}; move it away to start anew")
+        model.load_state_dict(state["model"])
+        opt.load_state_dict(state["opt"])
+        start, rows = state["step"], state["rows"]
+        for a, saved in zip(average, state["average"]):
+            a.copy_(saved)
+
+    def save(step):
+        save_atomically({"model": model.state_dict(), "opt": opt.state_dict(), "step": step, "rows": rows,
+                         "average": average, "config": config}, state_file)
+        if rows:
+            with open(folder / "log.csv", "w", newline="") as f:
+                writer = csv.DictWriter(f, fieldnames=list(rows[0]))
+                writer.writeheader()
+                writer.writerows(rows)
+
+    model.train()
+    bar = tqdm(range(start, n_steps), initial=start, total=n_steps, desc=title or folder.name, mininterval=5)
+    for step in bar:
+        for group in opt.param_groups:
+            group["lr"] = lr * schedule(step, n_steps, warmup)
+        out = loss_of(step, generator(seed, step, "train"))
+        loss, extra = out if isinstance(out, tuple) else (out, {})
+        opt.zero_grad(set_to_none=True)
+        loss.backward()
+        if clip:
+            nn.utils.clip_grad_norm_(params, clip)
+        opt.step()
+        if ema:
+            decay = min(ema, (step + 1) / (step + 10))
+            torch._foreach_lerp_(average, [p.detach() for p in params], 1 - decay)
+        if step % log_every == 0 or step == n_steps - 1:
+            if not math.isfinite(loss.item()):
+                raise ValueError(f"{folder.name}: loss {loss.item()} at step {step}; lower the learning rate")
+            rows.append({"step": step, "lr": opt.param_groups[0]["lr"], "loss": loss.item(),
+                         **{k: float(torch.as_tensor(v).detach()) for k, v in extra.items()}})
+            bar.set_postfix({k: f"{v:.4g}" for k, v in rows[-1].items() if k not in ("step", "lr")}, refresh=False)
+        if (step + 1) % save_every == 0 or step == n_steps - 1:
+            save(step + 1)
+    if ema:
+        with torch.no_grad():
+            for p, a in zip(params, average):
+                p.copy_(a)
+    model.eval()
+    return rows
+
+
+class Batches:
+    """Indices of the batch of each step: every image once an epoch, in an order that depends on (seed, epoch) alone."""
+
+    def __init__(self, n, batch_size, seed=0):
+        self.n, self.batch_size, self.seed = n, min(batch_size, n), seed
+        self.per_epoch = n // self.batch_size
+        self._epoch, self._order = None, None
+
+    def __call__(self, step):
+        epoch, place = divmod(step, self.per_epoch)
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self._order = torch.randperm(self.n, generator=generator(self.seed, epoch, "order"))
+        return self._order[place * self.batch_size:(place + 1) * self.batch_size]
+
+
+def crop_and_flip(x, rng, pad=4):
+    """CIFAR's usual augmentation, per image: reflect-pad by `pad`, crop at a random place, mirror half of them."""
+    n, _, h, w = x.shape
+    x = F.pad(x, (pad,) * 4, mode="reflect")
+    top = torch.randint(2 * pad + 1, (n, 1, 1), generator=rng) + torch.arange(h).view(1, h, 1)
+    left = torch.randint(2 * pad + 1, (n, 1, 1), generator=rng) + torch.arange(w).view(1, 1, w)
+    left = torch.where(torch.rand(n, 1, 1, generator=rng) < 0.5, left.flip(2), left)
+    return x[torch.arange(n).view(n, 1, 1), :, top, left].permute(0, 3, 1, 2).contiguous()
+
+
+def accuracy(model, x, y, batch_size=250):
+    """Share of images that `model` labels as y."""
+    with torch.no_grad():
+        guess = torch.cat([model(part).argmax(1).cpu() for part in x.split(batch_size)])
+    return (guess == y).float().mean().item()
+
+
+# ---------------------------------------------------------------- the classifier
+
+def train_classifier(net, images, folder, *, epochs, batch_size=128, lr=0.2, optimizer="sgd", weight_decay=5e-4,
+                     augment=True, small_epochs=0, small_side=24, seed=0, device="cpu"):
+    """Standard training, cross-entropy on clean images: what the paper calls the raw classifier.
+
+    The first `small_epochs` run on images shrunk to `small_side`, at little more than half the cost.
+    """
+    batches = Batches(len(images), batch_size, seed)
+    net.to(device, memory_format=torch.channels_last)
+
+    def logits(x):   # the network's own forward pools 8 x 8 maps only; global pooling is the same at 32 and works at 24
+        maps = net.block3(net.block2(net.block1(net.conv1(x))))
+        return net.fc(net.relu(net.bn1(maps)).mean((2, 3)))
+
+    def loss_of(step, rng):
+        rows = batches(step)
+        x, y = images.pixels[rows].float() / 255, images.labels[rows].to(device)
+        x = crop_and_flip(x, rng, pad=3) if augment else x
+        if step < small_epochs * batches.per_epoch:
+            x = F.interpolate(x, size=small_side, mode="bilinear", align_corners=False, antialias=True)
+        out = logits(x.to(device).contiguous(memory_format=torch.channels_last))
+        return F.cross_entropy(out, y), {"accuracy": (out.argmax(1) == y).float().mean()}
+
+    return fit(net, loss_of, n_steps=epochs * batches.per_epoch, lr=lr, folder=folder, optimizer=optimizer,
+               weight_decay=weight_decay, warmup=0.15, save_every=batches.per_epoch, seed=seed)
+
+
+# ---------------------------------------------------------------- the captioner
+
+def train_captioner(captioner, images, captions, folder, *, epochs, batch_size=64, lr=1e-3, flip=False, seed=0):
+    """Teach BLIP the captions (cross-entropy on the next word), on clean, noisy and blurred images alike.
+
+    Half of the images get Gaussian noise of up to 0.1, a quarter a blur: a captioner should be no easier to upset than
+    the classifier. A linear read-out of the class from the image token, thrown away afterwards, speeds learning up.
+    """
+    blip, tokenizer = captioner.model.requires_grad_(True), captioner.processor.tokenizer
+    device = next(blip.parameters()).device
+    text = tokenizer([f"{captioner.prompt} {c}" for c in captions], padding=True, return_tensors="pt")
+    ids, mask = text.input_ids, text.attention_mask
+    ids[:, 0] = blip.config.text_config.bos_token_id
+    readout = nn.Linear(blip.config.vision_config.hidden_size, len(images.classes)).to(device)
+    batches = Batches(len(images), batch_size, seed)
+
+    def loss_of(step, rng):
+        rows = batches(step)
+        x = images.pixels[rows].float() / 255
+        n = len(x)
+        if flip:
+            x = crop_and_flip(x, rng, pad=3)
+        blurred = F.avg_pool2d(F.pad(x, (1,) * 4, mode="reflect"), 3, 1)
+        x = torch.where(torch.rand(n, 1, 1, 1, generator=rng) < 0.25, blurred, x)
+        sigma = 0.1 * torch.rand(n, 1, 1, 1, generator=rng) * (torch.rand(n, 1, 1, 1, generator=rng) < 0.5)
+        x = (x + sigma * torch.randn(x.shape, generator=rng)).clamp(0, 1)
+        words = ids[rows].to(device)
+        labels = words.masked_fill(mask[rows].to(device) == 0, -100)
+        out = blip(pixel_values=captioner.pixel_values(x), input_ids=words, attention_mask=mask[rows].to(device), labels=labels)
+        y = images.labels[rows].to(device)
+        guess = readout(out.last_hidden_state[:, 0])
+        return out.loss + 0.5 * F.cross_entropy(guess, y), {"words": out.loss, "class": (guess.argmax(1) == y).float().mean()}
+
+    return fit(nn.ModuleList([blip, readout]), loss_of, n_steps=epochs * batches.per_epoch, lr=lr, folder=folder,
+               weight_decay=0.05, warmup=0.1, clip=1.0, seed=seed)
+
+
+# ---------------------------------------------------------------- the diffusion model
+
+def train_vae(vae, images, folder, *, epochs, batch_size=64, lr=2e-3, kl=1e-6, flip=False, seed=0):
+    """Autoencoder on pixels: squared and absolute error, and a KL term that only keeps the latents bounded.
+
+    Ends by setting `scaling_factor` so that latents have unit variance, as the diffusion model expects.
+    """
+    device = next(vae.parameters()).device
+    batches = Batches(len(images), batch_size, seed)
+    vae.requires_grad_(True)
+
+    def loss_of(step, rng):
+        x = images.pixels[batches(step)].float() / 127.5 - 1
+        if flip:
+            x = crop_and_flip(x, rng, pad=2)
+        x = x.to(device).contiguous(memory_format=torch.channels_last)
+        posterior = vae.encode(x).latent_dist
+        z = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=rng).to(device)
+        error = vae.decode(z).sample - x
+        loss = error.square().mean() + 0.1 * error.abs().mean() + kl * posterior.kl().mean()
+        return loss, {"psnr": -10 * torch.log10(error.detach().square().mean() / 4)}
+
+    rows = fit(vae, loss_of, n_steps=epochs * batches.per_epoch, lr=lr, folder=folder, warmup=0.05, clip=1.0, ema=0.998, seed=seed)
+    with torch.no_grad():
+        z = torch.cat([vae.encode(part.to(device) * 2 - 1).latent_dist.mean for part in images[:1024].x.split(64)])
+    vae.register_to_config(scaling_factor=1 / z.std().item())
+    return rows
+
+
+def train_diffusion(purifier, images, captions, folder, *, epochs, batch_size=64, lr=1e-3, drop=0.1, t_used=600,
+                    flip=False, seed=0):
+    """Teach the UNet and its text encoder to predict the noise in the latents of captioned images.
+
+    `drop` of the captions are empty, for guidance; five draws in six have a time below `t_used`, where purification is.
+    """
+    device, unet, vae = purifier.device, purifier.unet, purifier.vae
+    length = purifier.tokenizer.model_max_length
+    tokens = purifier.tokenizer([*captions, ""], padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
+    views = [images.x, images.x.flip(3)] if flip else [images.x]
+    with torch.no_grad():                                        # a frozen encoder: every image is encoded once
+        posteriors = [[vae.encode(part.to(device) * 2 - 1).latent_dist for part in view.split(256)] for view in views]
+    mean = torch.stack([torch.cat([p.mean for p in parts]) for parts in posteriors]).cpu()
+    std = torch.stack([torch.cat([p.std for p in parts]) for parts in posteriors]).cpu()
+    steps = purifier.scheduler.config.num_train_timesteps
+    batches = Batches(len(images), batch_size, seed)
+    for part in (unet, purifier.text_encoder):
+        part.requires_grad_(True).train()
+
+    def loss_of(step, rng):
+        rows = batches(step)
+        n, view = len(rows), torch.randint(len(views), (len(rows),), generator=rng)
+        z = mean[view, rows] + std[view, rows] * torch.randn(mean[0, rows].shape, generator=rng)
+        z = (z * vae.config.scaling_factor).to(device)
+        noise = torch.randn(z.shape, generator=rng).to(device)
+        t = (torch.rand(n, generator=rng) * torch.where(torch.rand(n, generator=rng) < 5 / 6, t_used, steps)).long().to(device)
+        words = torch.where(torch.rand(n, 1, generator=rng) < drop, tokens[-1:], tokens[rows]).to(device)
+        noisy = purifier.scheduler.add_noise(z, noise, t).contiguous(memory_format=torch.channels_last)
+        return F.mse_loss(unet(noisy, t, purifier.text_encoder(words).last_hidden_state).sample, noise)
+
+    rows = fit(nn.ModuleList([unet, purifier.text_encoder]), loss_of, n_steps=epochs * batches.per_epoch, lr=lr, folder=folder,
+               weight_decay=0.01, warmup=0.05, clip=1.0, ema=0.999, seed=seed)
+    purifier.requires_grad_(False).eval()
+    return rows
