@@ -25,7 +25,7 @@ RECIPES = {
     "toy": {
         "n": 24_000, "flip": False,
         "classifier": {"depth": 10, "widen_factor": 2, "lr": 3e-3, "optimizer": "adamw", "weight_decay": 1e-2,
-                       "epochs": 3, "batch_size": 64, "augment": False},
+                       "epochs": 2, "batch_size": 64, "augment": False},
         "captioner": {"width": 96, "layers": 4, "text_layers": 2, "epochs": 8},
         "vae": {"channels": (16, 32, 64), "latent_channels": 8, "epochs": 2},
         "diffusion": {"channels": (48, 96), "text_width": 64, "epochs": 6},
@@ -122,7 +122,8 @@ def make_classifier(profile, images, captions, work, out, device, depth, widen_f
 
 def make_captioner(profile, images, captions, work, out, device, flip=False, epochs=1, **sizes):
     captioner = new_captioner(captions, profile, device, **sizes)
-    train.train_captioner(captioner, images, captions, work, epochs=epochs, flip=flip)
+    teacher = models.load_classifier(str(out / "classifier"), device=device)
+    train.train_captioner(captioner, images, captions, work, teacher=teacher, epochs=epochs, flip=flip)
     captioner.model.half().save_pretrained(out / "captioner")
     captioner.processor.save_pretrained(out / "captioner")
 
@@ -166,7 +167,7 @@ def main():
         work = HERE / "work" / args.profile / name
         PARTS[name](profile, images, captions, work, out, device, **flip, **recipe[name])
         shutil.copy(work / "log.csv", out / f"{name}_curve.csv")
-    models.write_checksums(out)
+        models.write_checksums(out)
 
 
 if __name__ == "__main__":

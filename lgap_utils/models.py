@@ -111,6 +111,10 @@ class Captioner(nn.Module):
         self.model, self.processor, self.prompt = model.eval().requires_grad_(False), processor, prompt
         self.search = {"num_beams": num_beams, "max_length": max_length, "min_length": min_length}
 
+    def settings(self):
+        """The numbers that define the captions, by name."""
+        return {"prompt": self.prompt, **self.search}
+
     def pixel_values(self, x):
         """The processor's resize and normalisation; images are in [0, 1] already, so it must not divide by 255 again."""
         pixels = self.processor.image_processor(images=list(x.float()), do_rescale=False, return_tensors="pt")["pixel_values"]
@@ -215,7 +219,41 @@ def load_classifier(name, *, device=None):
     return net.eval().requires_grad_(False).to(device_and_dtype(device), memory_format=torch.channels_last)
 
 
+def save_classifier_like(net, name, folder):
+    """Save a fine-tuned `net` to `folder`, with checksums, as the classifier `name` that it started from."""
+    start = locate(name)
+    if start is None:
+        raise CheckpointError(f"{name!r}: only a classifier from a folder can be saved with its architecture")
+    architecture = json.loads((start / "config.json").read_text())
+    architecture.pop("architecture")
+    save_classifier(net, folder, **architecture)
+    write_checksums(folder)
+
+
 # ---------------------------------------------------------------- the whole defence
+
+def configuration(profile, defense):
+    """What rows depend on: settings of captioner and purifier, seed, data set and checksums of all weights."""
+    weights = {}
+    for name, revision in ((profile.captioner, profile.captioner_revision), (profile.diffusion, profile.diffusion_revision),
+                           (profile.classifier, None)):
+        folder = locate(name) if not name.startswith("robustbench:") else None
+        if folder is None:
+            weights[name] = revision
+        else:
+            weights[name] = verify(folder) or {f.relative_to(folder).as_posix(): sha256(f) for f in sorted(folder.rglob("*.safetensors"))}
+    return {"dataset": profile.dataset, "seed": profile.seed, "weights": weights,
+            "classifier": state_digest(defense.classifier), "captioner": defense.captioner.settings(),
+            "purifier": defense.purifier.settings()}
+
+
+def state_digest(module):
+    """Short digest of a module's parameters and buffers, so that a fine-tuned classifier is not taken for its start."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name, value in module.state_dict().items():
+        digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
 
 def load_defense(profile="toy", *, classifier=None, captioner=None, purifier=None, device=None):
     """The defence of a profile (a name or a `Profile`), in evaluation mode.

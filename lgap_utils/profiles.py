@@ -64,6 +64,7 @@ class Profile:
 
     # sizes
     n_images: int = 512                 # test images 0 .. n_images - 1
+    n_validation: int = 1000            # purified validation images for the learning curve
     batch_size: int = 64                # images per call; no result depends on it
     seed: int = 0
 
@@ -79,9 +80,14 @@ class Profile:
     def outputs(self):
         return output_root() / self.name
 
+    @property
+    def finetuned(self):
+        """Where notebook 03 leaves the classifier it fine-tuned, for all that follow."""
+        return self.outputs / "classifier"
+
     def __post_init__(self):
         whole = {"num_inference_steps": 1, "size": 8, "num_beams": 1, "max_length": 2, "min_length": 0, "n_steps": 1,
-                 "finetune_epochs": 1, "finetune_batch": 1, "n_finetune": 1, "n_images": 1, "batch_size": 1, "seed": 0}
+                 "finetune_epochs": 1, "finetune_batch": 1, "n_finetune": 1, "n_images": 1, "n_validation": 1, "batch_size": 1, "seed": 0}
         for name, least in whole.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int):
@@ -102,13 +108,13 @@ TOY = Profile(
     name="toy", about="drawn scenes and bundled small models: no network, no GPU, minutes on two cores",
     dataset="toy", captioner="checkpoints/toy/captioner", diffusion="checkpoints/toy/diffusion",
     classifier="checkpoints/toy/classifier",
-    size=32, n_images=128, n_finetune=1024,
+    size=32, n_images=128, n_finetune=1024, n_validation=128,
 )
 SMALL = Profile(
     name="small", about="real CIFAR-10 images and small models trained on its train split: CPU or GPU",
     dataset="cifar10", captioner="checkpoints/small/captioner", diffusion="checkpoints/small/diffusion",
     classifier="checkpoints/small/classifier",
-    size=32, n_images=512, n_finetune=4096,
+    size=32, n_images=512, n_finetune=4096, n_validation=256,
 )
 PAPER = Profile(
     name="paper", about="BLIP, Stable Diffusion v1.5 and RobustBench's WRN-28-10 on CIFAR-10: a GPU and the model hub",

@@ -26,6 +26,11 @@ def one_cycle(step, n_steps, warmup=0.1):
     return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, n_steps - rise)))
 
 
+def constant(step, n_steps, warmup):
+    """Learning-rate factor 1 throughout."""
+    return 1.0
+
+
 def save_atomically(obj, path):
     """`torch.save` that leaves either the old file or the new one, never half of one."""
     path = Path(path)
@@ -39,12 +44,13 @@ def save_atomically(obj, path):
 
 
 def fit(model, loss_of, *, n_steps, lr, folder, seed=0, optimizer="adamw", weight_decay=0.0, warmup=0.1,
-        schedule=one_cycle, clip=None, ema=None, save_every=250, log_every=50, title=None):
+        schedule=one_cycle, clip=None, ema=None, save_every=250, log_every=50, measure=None, title=None):
     """Train `model` in place for `n_steps` optimiser steps; resume from `folder/state.pt` if it is there.
 
     loss_of(step, rng) -> scalar loss, or (loss, {name: number}) to log; `rng` is a CPU torch.Generator that depends
     on (seed, step) alone. optimizer: "adamw", "adam" or "sgd" (Nesterov, momentum 0.9). ema: decay of an exponential
-    moving average of the parameters, which replaces them at the end. Writes `folder/log.csv` (step, lr, loss, ...).
+    moving average of the parameters, which replaces them at the end. measure() -> {name: number} is called in evaluation
+    mode at each logged step. Writes `folder/log.csv` (step, lr, loss, ...), which is also what is returned.
     Raises ValueError if the folder holds a run of another length or seed, or one whose loss is not finite.
     """
     folder = Path(folder)
@@ -97,6 +103,10 @@ def fit(model, loss_of, *, n_steps, lr, folder, seed=0, optimizer="adamw", weigh
         if step % log_every == 0 or step == n_steps - 1:
             if not math.isfinite(loss.item()):
                 raise ValueError(f"{folder.name}: loss {loss.item()} at step {step}; lower the learning rate")
+            if measure:
+                model.eval()
+                extra = {**extra, **measure()}
+                model.train()
             rows.append({"step": step, "lr": opt.param_groups[0]["lr"], "loss": loss.item(),
                          **{k: float(torch.as_tensor(v).detach()) for k, v in extra.items()}})
             bar.set_postfix({k: f"{v:.4g}" for k, v in rows[-1].items() if k not in ("step", "lr")}, refresh=False)
@@ -155,8 +165,7 @@ def train_classifier(net, images, folder, *, epochs, batch_size=128, lr=0.2, opt
     net.to(device, memory_format=torch.channels_last)
 
     def logits(x):   # the network's own forward pools 8 x 8 maps only; global pooling is the same at 32 and works at 24
-        maps = net.block3(net.block2(net.block1(net.conv1(x))))
-        return net.fc(net.relu(net.bn1(maps)).mean((2, 3)))
+        return net.fc(feature_maps(net, x).mean((2, 3)))
 
     def loss_of(step, rng):
         rows = batches(step)
@@ -171,20 +180,54 @@ def train_classifier(net, images, folder, *, epochs, batch_size=128, lr=0.2, opt
                weight_decay=weight_decay, warmup=0.15, save_every=batches.per_epoch, seed=seed)
 
 
+def finetune(net, x, y, folder, *, epochs=15, lr=1e-3, batch_size=128, x_val, y_val, seed=0):
+    """Fine-tune `net` in place on purified training images (paper sections 3.2 and 4.1): Adam, cross-entropy.
+
+    x, x_val: purified images, uint8 [n, 3, h, w]; y, y_val: labels [n]. Returns a row an epoch: epoch, loss, accuracy on
+    the images at hand and on (x_val, y_val), which must be no test images. Nothing is selected: the last weights count.
+    """
+    device = next(net.parameters()).device
+    batches = Batches(len(x), batch_size, seed)
+    net.requires_grad_(True)
+
+    def loss_of(step, rng):
+        # paper silent: no augmentation, a constant learning rate, all layers and the batch statistics train
+        rows = batches(step)
+        out = net((x[rows].float() / 255).to(device).contiguous(memory_format=torch.channels_last))
+        return F.cross_entropy(out, y[rows].to(device)), {}
+
+    def measure():
+        return {"train": accuracy(net, x[:len(x_val)].float().to(device) / 255, y[:len(x_val)]),
+                "validation": accuracy(net, x_val.float().to(device) / 255, y_val)}
+
+    rows = fit(net, loss_of, n_steps=epochs * batches.per_epoch, lr=lr, folder=folder, optimizer="adam", schedule=constant,
+               log_every=batches.per_epoch, save_every=batches.per_epoch, measure=measure, seed=seed, title="fine-tune")
+    net.requires_grad_(False)
+    return [{"epoch": row["step"] / batches.per_epoch, **row} for row in rows]
+
+
 # ---------------------------------------------------------------- the captioner
 
-def train_captioner(captioner, images, captions, folder, *, epochs, batch_size=64, lr=1e-3, flip=False, seed=0):
+def feature_maps(net, x):
+    """A WideResNet's last feature maps [n, channels, h / 4, w / 4], before pooling."""
+    return net.relu(net.bn1(net.block3(net.block2(net.block1(net.conv1(x))))))
+
+
+def train_captioner(captioner, images, captions, folder, *, teacher, epochs, batch_size=64, lr=1e-3, flip=False, seed=0):
     """Teach BLIP the captions (cross-entropy on the next word), on clean, noisy and blurred images alike.
 
     Half of the images get Gaussian noise of up to 0.1, a quarter a blur: a captioner should be no easier to upset than
-    the classifier. A linear read-out of the class from the image token, thrown away afterwards, speeds learning up.
+    the classifier. A small vision transformer learns shapes slowly by itself, so each of its patches is also asked,
+    through a linear read-out that is thrown away, for the `teacher` WideResNet's features at its place in the clean
+    image, and the image token for the class. The patch grid must be that of the feature maps: patches of 4 pixels.
     """
     blip, tokenizer = captioner.model.requires_grad_(True), captioner.processor.tokenizer
     device = next(blip.parameters()).device
     text = tokenizer([f"{captioner.prompt} {c}" for c in captions], padding=True, return_tensors="pt")
     ids, mask = text.input_ids, text.attention_mask
     ids[:, 0] = blip.config.text_config.bos_token_id
-    readout = nn.Linear(blip.config.vision_config.hidden_size, len(images.classes)).to(device)
+    width, n_features = blip.config.vision_config.hidden_size, teacher.fc.in_features
+    readout = nn.ModuleDict({"patch": nn.Linear(width, n_features), "image": nn.Linear(width, len(images.classes))}).to(device)
     batches = Batches(len(images), batch_size, seed)
 
     def loss_of(step, rng):
@@ -193,6 +236,9 @@ def train_captioner(captioner, images, captions, folder, *, epochs, batch_size=6
         n = len(x)
         if flip:
             x = crop_and_flip(x, rng, pad=3)
+        with torch.no_grad():
+            features = feature_maps(teacher, x.to(device).contiguous(memory_format=torch.channels_last))
+            features = F.layer_norm(features.flatten(2).transpose(1, 2), (n_features,))
         blurred = F.avg_pool2d(F.pad(x, (1,) * 4, mode="reflect"), 3, 1)
         x = torch.where(torch.rand(n, 1, 1, 1, generator=rng) < 0.25, blurred, x)
         sigma = 0.1 * torch.rand(n, 1, 1, 1, generator=rng) * (torch.rand(n, 1, 1, 1, generator=rng) < 0.5)
@@ -200,9 +246,11 @@ def train_captioner(captioner, images, captions, folder, *, epochs, batch_size=6
         words = ids[rows].to(device)
         labels = words.masked_fill(mask[rows].to(device) == 0, -100)
         out = blip(pixel_values=captioner.pixel_values(x), input_ids=words, attention_mask=mask[rows].to(device), labels=labels)
-        y = images.labels[rows].to(device)
-        guess = readout(out.last_hidden_state[:, 0])
-        return out.loss + 0.5 * F.cross_entropy(guess, y), {"words": out.loss, "class": (guess.argmax(1) == y).float().mean()}
+        tokens, y = out.last_hidden_state, images.labels[rows].to(device)
+        local = F.mse_loss(readout["patch"](tokens[:, 1:]), features)
+        guess = readout["image"](tokens[:, 0])
+        loss = out.loss + local + 0.5 * F.cross_entropy(guess, y)
+        return loss, {"words": out.loss, "local": local, "class": (guess.argmax(1) == y).float().mean()}
 
     return fit(nn.ModuleList([blip, readout]), loss_of, n_steps=epochs * batches.per_epoch, lr=lr, folder=folder,
                weight_decay=0.05, warmup=0.1, clip=1.0, seed=seed)
@@ -210,7 +258,7 @@ def train_captioner(captioner, images, captions, folder, *, epochs, batch_size=6
 
 # ---------------------------------------------------------------- the diffusion model
 
-def train_vae(vae, images, folder, *, epochs, batch_size=64, lr=2e-3, kl=1e-6, flip=False, seed=0):
+def train_vae(vae, images, folder, *, epochs, batch_size=32, lr=2e-3, kl=1e-6, flip=False, seed=0):
     """Autoencoder on pixels: squared and absolute error, and a KL term that only keeps the latents bounded.
 
     Ends by setting `scaling_factor` so that latents have unit variance, as the diffusion model expects.

@@ -1,0 +1,233 @@
+"""Runs the notebooks in order, without a browser, into outputs/PROFILE/notebooks: what `run_all.sh` calls.
+
+Whatever can be wrong with the request is refused before the first kernel starts. Nothing here needs more than the
+standard library until then, so that `--help` and `--list` answer on a bare Python.
+"""
+from __future__ import annotations
+
+import argparse
+import ast
+import contextlib
+import dataclasses
+import fcntl
+import json
+import math
+import os
+import re
+import sys
+import time
+
+from .profiles import PROFILES, ROOT, get_profile, output_root
+
+
+def read(path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def source(cell):
+    return "".join(cell["source"])
+
+
+def parameters(path):
+    """{NAME: default} of the notebook's cell tagged `parameters`, which holds literal assignments only."""
+    try:
+        (cell,) = [c for c in read(path)["cells"] if "parameters" in c["metadata"].get("tags", [])]
+        found = {line.targets[0].id: ast.literal_eval(line.value) for line in ast.parse(source(cell)).body}
+    except (AttributeError, KeyError, SyntaxError, ValueError) as error:
+        raise ValueError(f"{path.name} needs one cell tagged `parameters`, holding only NAME = literal") from error
+    if "PROFILE" not in found:
+        raise ValueError(f"{path.name} has no parameter PROFILE")
+    return found
+
+
+def select(paths, prefixes):
+    """The notebooks whose names begin with one of `prefixes`, in order; all of them if there is no prefix."""
+    for prefix in prefixes:
+        if not prefix or not any(p.name.startswith(prefix) for p in paths):
+            names = ", ".join(p.stem for p in paths)
+            raise ValueError(f"--only {prefix!r}: no notebook's name begins like this; there are {names}")
+    return [p for p in paths if not prefixes or p.name.startswith(tuple(prefixes))]
+
+
+def literal(text):
+    """A number, True, False or a string; a plain word or path needs no quotes."""
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError):
+        value = text if re.fullmatch(r"[A-Za-z_./~][\w./~:@-]*", text) else None
+    if not isinstance(value, bool | int | float | str) or (isinstance(value, float) and not math.isfinite(value)):
+        raise ValueError(f"{text!r} is not a number, True, False or a word; "
+                         "write a fraction as a decimal, or give the numerator where the name ends in it: eps_255=8")
+    return value
+
+
+def parse_settings(items):
+    """["n_images=64", ...] -> {"N_IMAGES": 64, ...}."""
+    settings = {}
+    for item in items:
+        name, equals, text = item.partition("=")
+        # papermill writes a name into the notebook as it stands, so one that is not a plain name would be run as code.
+        if not equals or not name.isidentifier():
+            raise ValueError(f"--set {item!r}: write NAME=VALUE, and the name in letters, digits and underscores")
+        if name.upper() in settings:
+            raise ValueError(f"--set {item!r}: {name.upper()} is given twice")
+        settings[name.upper()] = literal(text)
+    return settings
+
+
+def fits(value, default):
+    """Whether `value` may stand in for `default`: the same type, or an int for a float; None is any type's default."""
+    if default is None or type(value) is type(default):
+        return True
+    return type(value) is int and isinstance(default, float)
+
+
+def check_settings(settings, defaults, profile):
+    """Refuse a name that no notebook has and a value of the wrong kind; defaults: {notebook: {NAME: default}}."""
+    known = sorted({name for found in defaults.values() for name in found} - {"PROFILE"})
+    for name, value in settings.items():
+        if name not in known:
+            raise ValueError(f"--set {name}: no selected notebook has this parameter; there are {', '.join(known)}")
+        for path, found in defaults.items():
+            if not fits(value, found.get(name)):
+                raise ValueError(f"--set {name}={value!r}: {path.name} has {found[name]!r} here, "
+                                 f"so this should be of type {type(found[name]).__name__}")
+    # A notebook's None stands for the profile's value, and the profile knows which values it can take.
+    fields = {field.name for field in dataclasses.fields(PROFILES[profile])}
+    get_profile(profile, **{name.lower(): value for name, value in settings.items() if name.lower() in fields})
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """Keep `folder` for this process; the system drops the lock with the process, however that ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BlockingIOError(f"another run is writing into {show(folder)}; wait for it, "
+                                  "or choose another folder with LGAP_OUTPUTS") from None
+        yield
+
+
+def check_finished(nb, error=None):
+    """None if every cell of the executed notebook ran, else where it stopped and why.
+
+    papermill's own word is not enough: it returns normally after `sys.exit(0)` in a cell, and after a kernel's death
+    it has marked every cell as completed.
+    """
+    cells = [c for c in nb["cells"] if c["cell_type"] == "code" and source(c).strip()]
+    record = nb["metadata"].get("papermill", {})
+    all_ran = all(c["execution_count"] is not None for c in cells)
+    if error is None and all_ran and record.get("exception") is None and record.get("end_time"):
+        return None
+    stopped, why = "", f"{type(error).__name__}: {error}" if error else "it stopped here"
+    for number, cell in enumerate(cells, 1):
+        if cell["metadata"].get("papermill", {}).get("start_time"):
+            stopped = f"cell [{number}], `{source(cell).strip().splitlines()[0]}`: "
+        for output in cell["outputs"]:
+            if output["output_type"] == "error":
+                why = f"{output['ename']}: {output['evalue']}"
+    return stopped + why.strip().splitlines()[-1]
+
+
+def run(path, target, values):
+    """Run one notebook into `target`; returns None, or what stopped it."""
+    import papermill
+
+    target.unlink(missing_ok=True)
+    error = None
+    try:
+        papermill.execute_notebook(
+            path, target, values, kernel_name="python3", language="python", cwd=path.parent, progress_bar=False,
+            extra_arguments=["--log-level=50"])  # or each kernel warns that it speaks unencrypted, on this machine only
+    except Exception as caught:  # a failing cell, a dead kernel, a full disk: all end in the same report
+        error = caught
+    try:
+        return check_finished(read(target), error)
+    except (OSError, ValueError) as unreadable:  # no file, or half of one
+        return str(error or unreadable)
+
+
+def show(path):
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
+
+
+def duration(seconds):
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+
+
+def report(out):
+    """Print every table of the folder `out`, then what lies where."""
+    for table in sorted((out / "tables").glob("*.md")):
+        print(f"\n{table.stem}\n\n{table.read_text(encoding='utf-8').strip()}")
+    print("\nWhere everything lies:")
+    for folder in sorted(p for p in out.iterdir() if p.is_dir()):
+        print(f"  {show(folder)}/  {sum(p.is_file() for p in folder.rglob('*'))} files")
+
+
+def command_line():
+    width = max(map(len, PROFILES))
+    profiles = "\n".join(f"  {name:{width}}  {profile.about}" for name, profile in PROFILES.items())
+    parser = argparse.ArgumentParser(
+        prog="run_all.sh", description="Run the notebooks in order into outputs/PROFILE.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"profiles:\n{profiles}\n\nLGAP_OUTPUTS names another folder than outputs/.")
+    parser.add_argument("profile", nargs="?", default="toy", help="one of those below; default: toy")
+    parser.add_argument("--only", action="append", default=[], metavar="02[,03]",
+                        help="only the notebooks whose names begin like this")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE",
+                        help="a notebook parameter, for every notebook that has it, as in n_images=64")
+    parser.add_argument("--list", action="store_true", help="list the notebooks and their parameters, and stop")
+    return parser
+
+
+def run_all(plan, out):
+    """Run the notebooks of {path: parameters} into the folder `out`; the first that fails ends the process."""
+    with locked(out):
+        (out / "notebooks").mkdir(exist_ok=True)
+        for n, (path, values) in enumerate(plan.items(), 1):
+            print(f"[{n}/{len(plan)}] {path.stem} ...", flush=True)
+            target, start = out / "notebooks" / path.name, time.monotonic()
+            problem = run(path, target, values)
+            took = duration(time.monotonic() - start)
+            if problem:
+                sys.exit(f"run_all.sh: {path.name} failed after {took}: {problem}\nWhat ran so far: {show(target)}")
+            print(f"    {took}", flush=True)
+        report(out)
+
+
+def main(argv=None, folder=ROOT / "notebooks"):
+    parser = command_line()
+    args = parser.parse_args(argv)
+    try:
+        get_profile(args.profile)
+        notebooks = sorted(folder.glob("[0-9]*.ipynb"))
+        if not notebooks:
+            raise ValueError(f"there are no notebooks in {show(folder)}")
+        prefixes = [prefix for item in args.only for prefix in item.split(",")]
+        defaults = {path: parameters(path) for path in select(notebooks, prefixes)}
+        settings = parse_settings(args.set)
+        check_settings(settings, defaults, args.profile)
+    except ValueError as error:
+        parser.error(str(error))
+    if args.list:
+        for path, found in defaults.items():
+            print(f"{path.stem}:  " + ", ".join(f"{name}={value!r}" for name, value in found.items()))
+        return
+
+    settings["PROFILE"] = args.profile
+    plan = {path: {name: settings[name] for name in found if name in settings} for path, found in defaults.items()}
+    outputs = output_root()
+    os.environ["LGAP_OUTPUTS"] = str(outputs)  # absolute, because the kernels run in the notebooks' folder
+    try:
+        run_all(plan, outputs / args.profile)
+    except OSError as error:
+        sys.exit(f"run_all.sh: {error}")
+    except KeyboardInterrupt:
+        print("run_all.sh: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

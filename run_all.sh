@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Runs every notebook, headless, into outputs/PROFILE:   ./run_all.sh [PROFILE] [--only 02] [--set n_images=64]
+# Without a profile it is `toy`; ./run_all.sh --help lists the profiles. The first call makes .venv.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/tools/setup_env.sh"
+
+case ${1:-} in
+    -h | --help | --list) find_python ;;   # these need no package, hence no environment
+    *) set_up ;;
+esac
+exec "$python" -m lgap_utils.runner "$@"

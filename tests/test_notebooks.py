@@ -1,0 +1,115 @@
+"""What papermill and nbval do not check about the stored notebooks: form, size, and that they are one clean run."""
+import ast
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbval.plugin import get_sanitize_patterns
+
+import lgap_utils
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+SANITIZE = ROOT / "tests" / "nbval_sanitize.cfg"
+
+BADGE = re.compile(r"colab\.research\.google\.com/github/([\w.-]+/[\w.-]+)/blob/main/([\w./-]+)")
+ABSOLUTE = re.compile(r"(?<![\w.])/(?:home|root|Users|tmp|work|mnt|opt|srv|var|private)/[\w.-]+|\b[A-Z]:\\+Users")
+
+
+@pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.stem)
+def path(request):
+    return request.param
+
+
+@pytest.fixture
+def nb(path):
+    return nbformat.read(path, as_version=4)
+
+
+def code(nb, tag=None):
+    return [c for c in nb.cells if c.cell_type == "code" and (tag is None or tag in c.metadata.get("tags", []))]
+
+
+def lines(cell):
+    return [line for line in cell.source.splitlines() if line.strip()]
+
+
+def texts(nb):
+    """Every source, and every output that is text; images are base64, in which anything can be found."""
+    for cell in nb.cells:
+        yield cell.source
+        for output in cell.get("outputs", []):
+            yield str(output.get("text", ""))
+            for kind, data in output.get("data", {}).items():
+                if not kind.startswith("image/") or kind == "image/svg+xml":
+                    yield str(data)
+
+
+def test_it_is_a_valid_notebook_for_any_python(nb):
+    nbformat.validate(nb)
+    assert nb.metadata.kernelspec.name == "python3"
+
+
+def test_parameters_are_literals(nb):
+    (cell,) = code(nb, "parameters")
+    body = ast.parse(cell.source).body
+    assert body and all(isinstance(line, ast.Assign) for line in body)
+    for line in body:
+        ast.literal_eval(line.value)
+
+
+def test_it_was_stored_as_one_run(nb):
+    assert [c.execution_count for c in code(nb)] == list(range(1, len(code(nb)) + 1))
+    assert not [o for c in code(nb) for o in c.outputs if o.output_type == "error"]
+
+
+def test_something_in_it_is_compared(nb):
+    checked = code(nb, "nbval-check-output")
+    assert checked and all(c.outputs for c in checked)
+
+
+def test_it_is_short(path, nb):
+    assert path.stat().st_size <= 300_000
+    assert len(nb.cells) <= 20
+    assert sum(len(lines(c)) for c in code(nb)) <= 80
+    assert max(len(lines(c)) for c in code(nb) if c not in code(nb, "bootstrap")) <= 12
+    assert sum(len(re.findall(r"^\s*(?:async\s+)?def\s", c.source, re.M)) for c in code(nb)) <= 1
+
+
+def test_it_names_no_path_of_one_machine(nb):
+    assert not [found for text in texts(nb) for found in ABSOLUTE.findall(text)]
+
+
+def test_its_badge_and_bootstrap_lead_to_itself(path, nb):
+    badges = [b for c in nb.cells if c.cell_type == "markdown" for b in BADGE.findall(c.source)]
+    repository = lgap_utils.REPOSITORY.removeprefix("https://github.com/")
+    assert badges == [(repository, f"notebooks/{path.name}")]
+    (bootstrap,) = code(nb, "bootstrap")
+    assert f'"{lgap_utils.REPOSITORY}"' in bootstrap.source
+
+
+def test_the_badges_of_the_readme_lead_to_notebooks():
+    if not (ROOT / "README.md").exists():
+        pytest.skip("no README.md yet")
+    repository = lgap_utils.REPOSITORY.removeprefix("https://github.com/")
+    for owner_and_name, target in BADGE.findall((ROOT / "README.md").read_text(encoding="utf-8")):
+        assert owner_and_name == repository and (ROOT / target) in NOTEBOOKS
+
+
+def test_every_sanitize_rule_is_read():
+    text = SANITIZE.read_text()
+    assert len(get_sanitize_patterns(text)) == text.count("regex:") > 0
+
+
+@pytest.mark.parametrize("raw, clean", [
+    ("took 12.3 s", "took TIME"),
+    (" 50%|#####     | 4/8 [00:01<00:01,  3.2it/s]", "PROGRESS"),
+    ("<Net at 0x7f00deadbeef>", "<Net at ADDRESS>"),
+    ("in /tmp/ipykernel_12/3.py", "in TEMPORARY"),
+    ("72.50% of 64 images, eps 8/255", "72.50% of 64 images, eps 8/255"),
+])
+def test_sanitizing_hides_what_varies_and_no_result(raw, clean):
+    for pattern, replacement in get_sanitize_patterns(SANITIZE.read_text()):
+        raw = re.sub(pattern, replacement, raw)
+    assert raw == clean

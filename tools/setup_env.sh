@@ -1,0 +1,115 @@
+# Sourced by run_all.sh and run_tests.sh: finds a Python that has what requirements.txt lists.
+#
+# After `set_up`, the working directory is the checkout and $python is an interpreter of the active conda or virtual
+# environment, or else of .venv, which is made on the first call and brought up to date when requirements.txt changes.
+
+# Child programs that handle Ctrl-C themselves return as if they had failed, and the script would go on.
+trap 'exit 130' INT
+
+caller=$PWD
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+root=$PWD
+
+die() {
+    printf '%s: %s\n' "${0##*/}" "$1" >&2
+    exit 1
+}
+
+# Starts it rather than looking it up: version managers leave names on PATH that fail when they are run.
+is_python() {
+    "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1
+}
+
+find_python() {
+    for python in python3 python3.13 python3.12 python3.11 python; do
+        if is_python "$python"; then return; fi
+    done
+    die "no Python 3.11 or newer was found; install one and run this again."
+}
+
+# Prints the dependencies in pyproject.toml that $python does not have, or has in a version that does not fit.
+unmet() {
+    "$python" - <<'EOP'
+import tomllib
+from importlib.metadata import version
+
+
+def is_met(dependency):
+    try:
+        from packaging.requirements import Requirement
+        need = Requirement(dependency)
+        return need.specifier.contains(version(need.name), prereleases=True)
+    except ImportError:
+        return False
+
+
+with open("pyproject.toml", "rb") as f:
+    project = tomllib.load(f)["project"]
+dependencies = project["dependencies"] + project["optional-dependencies"]["test"]
+print(*[d for d in dependencies if not is_met(d)], sep=", ")
+EOP
+}
+
+use_active() {
+    local missing
+    python=$1/bin/python
+    is_python "$python" ||
+        die "the active environment $1 has no working Python 3.11 or newer; deactivate it and .venv is used instead."
+    missing=$(unmet) || die "the packages of the active environment $1 could not be listed."
+    [ -z "$missing" ] || die "the active environment $1 lacks $missing; \
+run 'pip install -r requirements.txt' in it, or deactivate it and .venv is used instead."
+}
+
+# uv takes seconds where pip takes minutes; pip is the second choice because it reads the user's pip settings.
+install_requirements() {
+    if "$python" -m pip install --quiet --disable-pip-version-check uv &&
+        "$python" -m uv pip install --python "$python" -r requirements.txt; then return; fi
+    echo "uv did not succeed; the same with pip:" >&2
+    "$python" -m pip install --disable-pip-version-check -r requirements.txt
+}
+
+use_own() {
+    local stamp=.venv/requirements.sha256 wanted have=""
+    find_python
+    # Two first calls at once must not build the same folder: the second waits here for the first, where files can
+    # be locked. The lock ends with the descriptor, so a killed call leaves none behind.
+    exec 9<requirements.txt
+    "$python" -c 'import fcntl; fcntl.flock(9, fcntl.LOCK_EX)' 2>/dev/null || true
+    wanted=$("$python" -c 'import hashlib; print(hashlib.sha256(open("requirements.txt", "rb").read()).hexdigest())')
+    if [ -f "$stamp" ]; then have=$(<"$stamp"); fi
+    if [ "$have" = unfinished ] || ! is_python .venv/bin/python; then
+        "$python" -c 'import ensurepip, venv' 2>/dev/null ||
+            die "$python cannot make virtual environments; on Debian or Ubuntu, 'apt install python3-venv' adds that."
+        have=""
+        rm -rf .venv
+        mkdir .venv
+        echo unfinished >"$stamp"
+        "$python" -m venv .venv || die ".venv could not be made; the reason is above."
+    fi
+    python=$root/.venv/bin/python
+    if [ "$have" != "$wanted" ]; then
+        echo "Bringing the packages of requirements.txt into .venv (several GB the first time)." >&2
+        echo unfinished >"$stamp"
+        install_requirements || die "the packages could not be installed; the reason is above."
+        echo "$wanted" >"$stamp"
+    fi
+    exec 9<&-
+}
+
+set_up() {
+    local name value active=${VIRTUAL_ENV:-${CONDA_PREFIX:-}}
+    # The notebooks run in their own folder, where a path relative to the caller's would mean another place.
+    for name in LGAP_DATA LGAP_OUTPUTS; do
+        value=${!name:-}
+        case $value in
+            "" | /* | "~"*) ;;
+            *) export "$name=$caller/$value" ;;
+        esac
+    done
+    export HF_HUB_DISABLE_TELEMETRY=1
+    if [ -n "$active" ] && ! [ "$active" -ef .venv ]; then
+        use_active "$active"
+    else
+        use_own
+    fi
+}
