@@ -1,7 +1,8 @@
 """Makes the bundled models of a profile from nothing: python checkpoints/make.py toy|small [--only PART ...]
 
-Four parts, in this order: classifier, captioner, vae, diffusion. Each resumes where it was killed (state, learning curve
-and log lie in checkpoints/work/PROFILE/PART), uses a GPU where there is one, and is saved by the class that will load it.
+Four parts, in this order: classifier, captioner, vae, diffusion; then `measure` writes measured.md. Each part resumes where
+it was killed (its state lies in checkpoints/work/PROFILE/PART), uses a GPU where there is one, and is saved by the class that
+will load it, next to its learning curve.
 """
 from __future__ import annotations
 
@@ -26,17 +27,17 @@ RECIPES = {
         "n": 24_000, "flip": False,
         "classifier": {"depth": 10, "widen_factor": 2, "lr": 3e-3, "optimizer": "adamw", "weight_decay": 1e-2,
                        "epochs": 2, "batch_size": 64, "augment": False},
-        "captioner": {"width": 96, "layers": 4, "text_layers": 2, "epochs": 8},
+        "captioner": {"width": 96, "layers": 4, "text_layers": 2, "epochs": 6},
         "vae": {"channels": (16, 32, 64), "latent_channels": 8, "epochs": 2},
-        "diffusion": {"channels": (48, 96), "text_width": 64, "epochs": 6},
+        "diffusion": {"channels": (48, 96), "text_width": 64, "epochs": 5},
     },
     "small": {
         "n": None, "flip": True,
         "classifier": {"depth": 16, "widen_factor": 2, "lr": 0.2, "optimizer": "sgd", "weight_decay": 5e-4,
-                       "epochs": 12, "batch_size": 128, "augment": True, "small_epochs": 6},
-        "captioner": {"width": 128, "layers": 5, "text_layers": 2, "epochs": 8},
-        "vae": {"channels": (16, 32, 64), "latent_channels": 16, "epochs": 2},
-        "diffusion": {"channels": (64, 128), "text_width": 96, "epochs": 3},
+                       "epochs": 11, "batch_size": 128, "augment": True, "small_epochs": 8},
+        "captioner": {"width": 128, "layers": 4, "text_layers": 2, "epochs": 4},
+        "vae": {"channels": (16, 32, 64), "latent_channels": 16, "epochs": 1.5},
+        "diffusion": {"channels": (64, 128), "text_width": 96, "epochs": 2.5},
     },
 }
 
@@ -73,7 +74,8 @@ def new_text_tokenizer(captions, prompt, length):
     """CLIP's byte-level BPE with merges learned on the captions' words; any other text falls apart into bytes."""
     import json
 
-    from tokenizers import Tokenizer, models as bpe, pre_tokenizers, trainers
+    from tokenizers import Tokenizer, pre_tokenizers, trainers
+    from tokenizers import models as bpe
     from transformers import CLIPTokenizer
     learner = Tokenizer(bpe.BPE(end_of_word_suffix="</w>"))
     learner.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=False)])
@@ -136,7 +138,8 @@ def make_vae(profile, images, captions, work, out, device, flip=False, epochs=1,
 
 def make_diffusion(profile, images, captions, work, out, device, flip=False, epochs=1, **sizes):
     from diffusers import AutoencoderKL
-    vae = AutoencoderKL.from_pretrained(out / "diffusion" / "vae", torch_dtype=torch.float32, local_files_only=True, low_cpu_mem_usage=False)
+    vae = AutoencoderKL.from_pretrained(out / "diffusion" / "vae", torch_dtype=torch.float32, low_cpu_mem_usage=False,
+                                        local_files_only=True)
     purifier = new_diffusion(vae, captions, profile, device, **sizes)
     train.train_diffusion(purifier, images, captions, work, epochs=epochs, flip=flip)
     for name in ("unet", "text_encoder"):
@@ -145,29 +148,70 @@ def make_diffusion(profile, images, captions, work, out, device, flip=False, epo
     purifier.scheduler.save_pretrained(out / "diffusion" / "scheduler")
 
 
+def measure(profile, out, device):
+    """What the saved models are worth on the profile's test images, into measured.md. The classifier is not fine-tuned here."""
+    import pandas as pd
+
+    from lgap_utils import attacks, report
+    from lgap_utils.data import names_class
+    from lgap_utils.keyed import Keys
+    defense, test = models.load_defense(profile, device=device), load_images(profile.dataset, "test", profile.n_images)
+    y, keys = test.labels, Keys(test.indices, profile.seed, "attack")
+    x_adv = attacks.in_batches(lambda x, y, keys: attacks.pgd(
+        attacks.blind(defense), x.to(device), y, eps=profile.eps, step_size=profile.step_size, n_steps=profile.n_steps,
+        keys=keys), test.x, y, keys).cpu()
+    rows, psnr = {}, None
+    for case, x in (("clean", test.x), ("attacked", x_adv)):
+        found = {"classifier right, undefended": [], "classifier right, VAE round trip only": [],
+                 "classifier right, LGAP, not fine-tuned": [], "caption names the class": []}
+        for part in torch.arange(len(x)).split(profile.batch_size):
+            batch, label = x[part].to(device), y[part].to(device)
+            with torch.no_grad():
+                posterior = Keys(test.indices[part], profile.seed)
+                trip = defense.purifier.decode(defense.purifier.encode(batch, posterior))
+                captions = defense.caption(batch)
+                seen = (batch, trip, defense.purify(batch, captions, posterior))
+                for name, images in zip(found, seen):
+                    found[name] += (defense.classify(images).argmax(1) == label).tolist()
+            found["caption names the class"] += [names_class(c, test.classes[k]) for c, k in zip(captions, label.tolist())]
+            psnr = (psnr or []) + (-10 * torch.log10((trip - batch).square().mean((1, 2, 3)))).tolist() if case == "clean" else psnr
+        rows |= {(name, case): report.share(flags) for name, flags in found.items()}
+    table = pd.DataFrame(rows).T.rename_axis(["measured", "images"])
+    attack = f"preprocessor-blind PGD-{profile.n_steps}, eps {profile.eps_255:g}/255, step {profile.step_size_255:g}/255, random start"
+    (out / "measured.md").write_text(
+        f"{test.source}; test rows 0 to {len(test) - 1}; attacked: {attack}; intervals: 95 %, Wilson.\n\n"
+        f"{table.reset_index().to_markdown(index=False)}\n\n"
+        f"PSNR of the VAE's round trip on clean images: {torch.tensor(psnr).mean():.1f} dB "
+        f"(standard deviation {torch.tensor(psnr).std():.1f} over {len(psnr)} images).\n")
+
+
 PARTS = {"classifier": make_classifier, "captioner": make_captioner, "vae": make_vae, "diffusion": make_diffusion}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("profile", choices=sorted(RECIPES))
-    parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS), help="parts to make (default: all)")
+    parser.add_argument("--only", nargs="+", choices=[*PARTS, "measure"], default=[*PARTS, "measure"], help="default: all")
     parser.add_argument("--threads", type=int, help="CPU threads (default: all)")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
     profile, recipe = get_profile(args.profile), RECIPES[args.profile]
     device, out = models.device_and_dtype(), HERE / args.profile
+    if args.only == ["measure"]:
+        return measure(profile, out, device)
     images = load_images(profile.dataset, "train", recipe["n"])
     captions = images.captions or [pixel_caption(p, images.classes[y], i) for p, y, i in
                                    zip(images.pixels, images.labels.tolist(), images.indices.tolist())]
-    for name in args.only:
+    for name in [part for part in PARTS if part in args.only]:
         torch.manual_seed(0)                                            # the initial weights
         flip = {} if name == "classifier" else {"flip": recipe["flip"]}
         work = HERE / "work" / args.profile / name
         PARTS[name](profile, images, captions, work, out, device, **flip, **recipe[name])
         shutil.copy(work / "log.csv", out / f"{name}_curve.csv")
         models.write_checksums(out)
+    if "measure" in args.only:
+        measure(profile, out, device)
 
 
 if __name__ == "__main__":

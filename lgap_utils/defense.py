@@ -236,14 +236,16 @@ class LGAP(nn.Module):
         keys = Keys.of_content(x) if keys is None else keys
         purified = self.purifier(x, captions, keys) if trace is None else self.purifier(x, captions, keys, trace)
         if (bad := ~torch.isfinite(purified.detach()).flatten(1).all(1)).any():
-            raise ValueError(f"purified image {int(bad.nonzero()[0])} of {len(x)} holds NaN or inf (key {keys.rows[int(bad.nonzero()[0])]})")
+            first = int(bad.nonzero()[0])
+            raise ValueError(f"purified image {first} of {len(x)} holds NaN or inf (key {keys.rows[first]})")
         return purified
 
     def classify(self, x):
-        """Logits [n, classes] of images as they are."""
+        """Logits [n, classes] of images as they are, on the images' device; the classifier may be on another."""
         if getattr(self.classifier, "training", False):
             raise ValueError("classifier: it is in training mode, so its answers depend on the batch; call .eval() first")
-        logits = self.classifier(x)
+        weight = next(self.classifier.parameters(), None) if isinstance(self.classifier, nn.Module) else None
+        logits = self.classifier(x if weight is None else x.to(weight.device, weight.dtype)).to(x.device)
         if logits.ndim != 2 or (self.classes is not None and logits.shape[1] != len(self.classes)):
             expected = f"[{len(x)}, {len(self.classes) if self.classes is not None else 'classes'}]"
             raise ValueError(f"classifier: its output has shape {list(logits.shape)}, expected {expected}")

@@ -49,8 +49,8 @@ def sha256(path):
 
 
 def write_checksums(folder):
-    """`SHA256SUMS` of every file below `folder`, in the format `sha256sum -c` reads."""
-    files = sorted(p for p in Path(folder).rglob("*") if p.is_file() and p.name != "SHA256SUMS")
+    """`SHA256SUMS` of every file below `folder` that a model is loaded from, in the format `sha256sum -c` reads."""
+    files = sorted(p for p in Path(folder).rglob("*") if p.is_file() and p.suffix in (".json", ".safetensors", ".txt"))
     (Path(folder) / "SHA256SUMS").write_text("".join(f"{sha256(p)}  {p.relative_to(folder).as_posix()}\n" for p in files))
 
 
@@ -73,7 +73,8 @@ def verify(folder):
         if not path.is_file():
             raise CheckpointError(f"{path} is missing; restore it with `git checkout -- {path.name}` or make it again")
         if (digest := sha256(path)) != expected:
-            raise CheckpointError(f"{path} is damaged: sha256 {digest[:16]}..., expected {expected[:16]}...; restore it from the repository")
+            raise CheckpointError(f"{path} is damaged: sha256 {digest[:16]}..., expected {expected[:16]}...; "
+                                  "restore it from the repository")
         found[name] = digest
     return found
 

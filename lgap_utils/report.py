@@ -34,7 +34,8 @@ def save_table(table, folder, name):
     folder.mkdir(parents=True, exist_ok=True)
     table.to_csv(folder / f"{name}.csv")
     (folder / f"{name}.md").write_text(table.to_markdown() + "\n")
-    (folder / f"{name}.tex").write_text(table.style.format(escape="latex").format_index(escape="latex").format_index(escape="latex", axis=1).to_latex(hrules=True))
+    escaped = table.style.format(escape="latex").format_index(escape="latex").format_index(escape="latex", axis=1)
+    (folder / f"{name}.tex").write_text(escaped.to_latex(hrules=True))
     return table
 
 

@@ -176,7 +176,7 @@ def train_classifier(net, images, folder, *, epochs, batch_size=128, lr=0.2, opt
         out = logits(x.to(device).contiguous(memory_format=torch.channels_last))
         return F.cross_entropy(out, y), {"accuracy": (out.argmax(1) == y).float().mean()}
 
-    return fit(net, loss_of, n_steps=epochs * batches.per_epoch, lr=lr, folder=folder, optimizer=optimizer,
+    return fit(net, loss_of, n_steps=round(epochs * batches.per_epoch), lr=lr, folder=folder, optimizer=optimizer,
                weight_decay=weight_decay, warmup=0.15, save_every=batches.per_epoch, seed=seed)
 
 
@@ -200,7 +200,7 @@ def finetune(net, x, y, folder, *, epochs=15, lr=1e-3, batch_size=128, x_val, y_
         return {"train": accuracy(net, x[:len(x_val)].float().to(device) / 255, y[:len(x_val)]),
                 "validation": accuracy(net, x_val.float().to(device) / 255, y_val)}
 
-    rows = fit(net, loss_of, n_steps=epochs * batches.per_epoch, lr=lr, folder=folder, optimizer="adam", schedule=constant,
+    rows = fit(net, loss_of, n_steps=round(epochs * batches.per_epoch), lr=lr, folder=folder, optimizer="adam", schedule=constant,
                log_every=batches.per_epoch, save_every=batches.per_epoch, measure=measure, seed=seed, title="fine-tune")
     net.requires_grad_(False)
     return [{"epoch": row["step"] / batches.per_epoch, **row} for row in rows]
@@ -252,7 +252,7 @@ def train_captioner(captioner, images, captions, folder, *, teacher, epochs, bat
         loss = out.loss + local + 0.5 * F.cross_entropy(guess, y)
         return loss, {"words": out.loss, "local": local, "class": (guess.argmax(1) == y).float().mean()}
 
-    return fit(nn.ModuleList([blip, readout]), loss_of, n_steps=epochs * batches.per_epoch, lr=lr, folder=folder,
+    return fit(nn.ModuleList([blip, readout]), loss_of, n_steps=round(epochs * batches.per_epoch), lr=lr, folder=folder,
                weight_decay=0.05, warmup=0.1, clip=1.0, seed=seed)
 
 
@@ -278,7 +278,7 @@ def train_vae(vae, images, folder, *, epochs, batch_size=32, lr=2e-3, kl=1e-6, f
         loss = error.square().mean() + 0.1 * error.abs().mean() + kl * posterior.kl().mean()
         return loss, {"psnr": -10 * torch.log10(error.detach().square().mean() / 4)}
 
-    rows = fit(vae, loss_of, n_steps=epochs * batches.per_epoch, lr=lr, folder=folder, warmup=0.05, clip=1.0, ema=0.998, seed=seed)
+    rows = fit(vae, loss_of, n_steps=round(epochs * batches.per_epoch), lr=lr, folder=folder, warmup=0.05, clip=1.0, ema=0.998, seed=seed)
     with torch.no_grad():
         z = torch.cat([vae.encode(part.to(device) * 2 - 1).latent_dist.mean for part in images[:1024].x.split(64)])
     vae.register_to_config(scaling_factor=1 / z.std().item())
@@ -315,7 +315,7 @@ def train_diffusion(purifier, images, captions, folder, *, epochs, batch_size=64
         noisy = purifier.scheduler.add_noise(z, noise, t).contiguous(memory_format=torch.channels_last)
         return F.mse_loss(unet(noisy, t, purifier.text_encoder(words).last_hidden_state).sample, noise)
 
-    rows = fit(nn.ModuleList([unet, purifier.text_encoder]), loss_of, n_steps=epochs * batches.per_epoch, lr=lr, folder=folder,
+    rows = fit(nn.ModuleList([unet, purifier.text_encoder]), loss_of, n_steps=round(epochs * batches.per_epoch), lr=lr, folder=folder,
                weight_decay=0.01, warmup=0.05, clip=1.0, ema=0.999, seed=seed)
     purifier.requires_grad_(False).eval()
     return rows
