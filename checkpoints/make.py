@@ -28,16 +28,16 @@ RECIPES = {
         "classifier": {"depth": 10, "widen_factor": 2, "lr": 3e-3, "optimizer": "adamw", "weight_decay": 1e-2,
                        "epochs": 2, "batch_size": 64, "augment": False},
         "captioner": {"width": 96, "layers": 4, "text_layers": 2, "epochs": 6},
-        "vae": {"channels": (16, 32, 64), "latent_channels": 8, "epochs": 2},
-        "diffusion": {"channels": (48, 96), "text_width": 64, "epochs": 5},
+        "vae": {"channels": (16, 32, 64), "latent_channels": 8, "epochs": 1.5},
+        "diffusion": {"channels": (48, 96), "text_width": 64, "epochs": 3},
     },
     "small": {
         "n": None, "flip": True,
         "classifier": {"depth": 16, "widen_factor": 2, "lr": 0.2, "optimizer": "sgd", "weight_decay": 5e-4,
                        "epochs": 11, "batch_size": 128, "augment": True, "small_epochs": 8},
-        "captioner": {"width": 128, "layers": 4, "text_layers": 2, "epochs": 4},
-        "vae": {"channels": (16, 32, 64), "latent_channels": 16, "epochs": 1.5},
-        "diffusion": {"channels": (64, 128), "text_width": 96, "epochs": 2.5},
+        "captioner": {"width": 128, "layers": 4, "text_layers": 2, "epochs": 2},
+        "vae": {"channels": (16, 32, 64), "latent_channels": 16, "epochs": 1},
+        "diffusion": {"channels": (48, 96), "text_width": 64, "epochs": 2},
     },
 }
 
@@ -89,11 +89,13 @@ def new_text_tokenizer(captions, prompt, length):
 
 
 def new_vae(profile, *, channels, latent_channels):
+    """Stable Diffusion's autoencoder at a small size. One norm group: groups of a few channels each hide the amplitudes of the
+    colours from the next layer, and learning them back takes long."""
     from diffusers import AutoencoderKL
     n = len(channels)
     return AutoencoderKL(block_out_channels=channels, down_block_types=("DownEncoderBlock2D",) * n,
                          up_block_types=("UpDecoderBlock2D",) * n, layers_per_block=1, latent_channels=latent_channels,
-                         norm_num_groups=8, sample_size=profile.size)
+                         norm_num_groups=1, mid_block_add_attention=False, sample_size=profile.size)
 
 
 def new_diffusion(vae, captions, profile, device, *, channels, text_width, tokens=32):

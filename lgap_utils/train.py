@@ -258,7 +258,7 @@ def train_captioner(captioner, images, captions, folder, *, teacher, epochs, bat
 
 # ---------------------------------------------------------------- the diffusion model
 
-def train_vae(vae, images, folder, *, epochs, batch_size=32, lr=2e-3, kl=1e-6, flip=False, seed=0):
+def train_vae(vae, images, folder, *, epochs, batch_size=16, lr=3e-3, kl=1e-6, flip=False, seed=0):
     """Autoencoder on pixels: squared and absolute error, and a KL term that only keeps the latents bounded.
 
     Ends by setting `scaling_factor` so that latents have unit variance, as the diffusion model expects.
