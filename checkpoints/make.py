@@ -34,7 +34,7 @@ RECIPES = {
     "small": {
         "n": None, "flip": True,
         "classifier": {"depth": 16, "widen_factor": 2, "lr": 0.2, "optimizer": "sgd", "weight_decay": 5e-4,
-                       "epochs": 11, "batch_size": 128, "augment": True, "small_epochs": 8},
+                       "epochs": 10, "batch_size": 128, "augment": True, "small_epochs": 8},
         "captioner": {"width": 128, "layers": 4, "text_layers": 2, "epochs": 2},
         "vae": {"channels": (16, 32, 64), "latent_channels": 16, "epochs": 1},
         "diffusion": {"channels": (48, 96), "text_width": 64, "epochs": 2},

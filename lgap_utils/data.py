@@ -56,8 +56,8 @@ def load_images(dataset, split, n=None, start=0):
         raise ValueError(f"no data set {dataset!r}; choose from {sorted(readers)}")
     if split not in toy.SPLITS:
         raise ValueError(f"no split {split!r}; choose from {sorted(toy.SPLITS)}")
-    if n is not None and (n < 1 or start < 0):
-        raise ValueError(f"rows {start} to {start + n - 1}: expected n >= 1 and start >= 0")
+    if start < 0 or (n is not None and n < 1):
+        raise ValueError(f"n={n}, start={start}: expected n >= 1 and start >= 0")
     return readers[dataset](split, n, start)
 
 
@@ -74,7 +74,10 @@ def _cifar10(split, n, start):
     from PIL import Image
     file = _hub_file("cifar10", "uoft-cs/cifar10", CIFAR10_REVISION,
                      f"plain_text/{'test' if split == 'test' else 'train'}-00000-of-00001.parquet")
-    table = pd.read_parquet(file, columns=["img", "label"])
+    try:
+        table = pd.read_parquet(file, columns=["img", "label"])
+    except Exception as error:
+        raise ValueError(f"{file}: not a parquet file with the columns img and label ({type(error).__name__})") from error
     rows = np.arange(len(table))
     if split != "test":
         rows = rows[(rows % 50 == 7) == (split == "validation")]
@@ -82,8 +85,11 @@ def _cifar10(split, n, start):
     if len(rows) == 0 or (n is not None and len(rows) < n):
         raise ValueError(f"cifar10 {split}: asked for rows {start} to {start + (n or 1) - 1}, the split ends before that")
     decode = lambda cell: np.asarray(Image.open(io.BytesIO(cell["bytes"])).convert("RGB"))
-    pixels = torch.from_numpy(np.stack([decode(cell) for cell in table["img"].iloc[rows]])).permute(0, 3, 1, 2).contiguous()
     labels = torch.from_numpy(table["label"].to_numpy()[rows].astype(np.int64))
+    try:
+        pixels = torch.from_numpy(np.stack([decode(cell) for cell in table["img"].iloc[rows]])).permute(0, 3, 1, 2).contiguous()
+    except (KeyError, OSError, TypeError, ValueError) as error:
+        raise ValueError(f"{file}: an image cannot be decoded ({error})") from error
     if pixels.shape[1:] != (3, 32, 32) or labels.min() < 0 or labels.max() > 9:
         raise ValueError(f"{file}: expected 32 x 32 colour images with labels 0 to 9")
     digest = hashlib.sha256(file.read_bytes()).hexdigest()

@@ -81,10 +81,14 @@ class LatentPurifier(nn.Module):
         self.guidance_scale, self.time_grid = guidance_scale, time_grid
         self.vae_sample, self.negative_prompt, self.checkpointing = vae_sample, negative_prompt, checkpointing
         self.truncated = 0                             # captions that were longer than the text encoder reads
-        factor = 2 ** (len(vae.config.block_out_channels) - 1)
-        if size % factor:
-            raise ValueError(f"size={size}: the VAE halves {factor.bit_length() - 1} times, expected a multiple of {factor}")
-        noise_schedule(scheduler, strength, num_inference_steps, time_grid)
+        self._check()
+
+    def _check(self):
+        """Refuse settings that cannot work, in one sentence."""
+        halvings = len(self.vae.config.block_out_channels) - 1
+        if self.size % 2 ** halvings:
+            raise ValueError(f"size={self.size}: the VAE halves {halvings} times, expected a multiple of {2 ** halvings}")
+        noise_schedule(self.scheduler, self.strength, self.num_inference_steps, self.time_grid)
 
     @property
     def dtype(self):
@@ -108,6 +112,7 @@ class LatentPurifier(nn.Module):
         try:
             for name, value in settings.items():
                 setattr(self, name, value)
+            self._check()
             yield self
         finally:
             for name, value in old.items():
@@ -179,7 +184,8 @@ def resize(x, size):
     """Bilinear with antialias, clamped to [0, 1]; the identity where the size is right already."""
     if tuple(x.shape[-2:]) == tuple(size):
         return x
-    return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False, antialias=True).clamp(0, 1)
+    y = F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False, antialias=True)
+    return y + (y.clamp(0, 1) - y).detach()   # mends rounding only; a clamp's own gradient is 0 at 0 and at 1
 
 
 @dataclass(frozen=True)
@@ -211,6 +217,7 @@ class LGAP(nn.Module):
         for part in (captioner, purifier, classifier):
             if isinstance(part, nn.Module):
                 part.eval()
+        self.training = False      # attack libraries ask
 
     def caption(self, x):
         """BLIP(x), paper section 3.1: one string per image."""
@@ -246,7 +253,7 @@ class LGAP(nn.Module):
             raise ValueError("classifier: it is in training mode, so its answers depend on the batch; call .eval() first")
         weight = next(self.classifier.parameters(), None) if isinstance(self.classifier, nn.Module) else None
         logits = self.classifier(x if weight is None else x.to(weight.device, weight.dtype)).to(x.device)
-        if logits.ndim != 2 or (self.classes is not None and logits.shape[1] != len(self.classes)):
+        if logits.ndim != 2 or len(logits) != len(x) or (self.classes is not None and logits.shape[1] != len(self.classes)):
             expected = f"[{len(x)}, {len(self.classes) if self.classes is not None else 'classes'}]"
             raise ValueError(f"classifier: its output has shape {list(logits.shape)}, expected {expected}")
         values = logits.detach().float()
@@ -278,6 +285,7 @@ def read_image(source):
         check_images(source[None])
         return source
     if not isinstance(source, (Image.Image, np.ndarray)):
+        name = source
         try:
             source = Image.open(source)
             source.load()
@@ -285,6 +293,8 @@ def read_image(source):
             raise ValueError(f"{source}: not an image file that PIL can read") from None
         except FileNotFoundError:
             raise FileNotFoundError(f"{source}: no such image file") from None
+        except OSError as error:
+            raise ValueError(f"{name}: not a whole image file ({error})") from None
     array = np.asarray(source.convert("RGB") if isinstance(source, Image.Image) else source)
     if array.ndim != 3 or array.shape[2] != 3:
         raise ValueError(f"image: expected an array [height, width, 3], got shape {list(array.shape)}")

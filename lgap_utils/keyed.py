@@ -21,7 +21,7 @@ class Keys:
 
     def __init__(self, indices, seed=0, stage="defence", step=0, draw=0):
         indices = indices.tolist() if hasattr(indices, "tolist") else indices
-        self.rows = [(seed, i, stage, step, draw) for i in indices]
+        self.rows = [(seed, i if isinstance(i, str) else int(i), stage, step, draw) for i in indices]
 
     @classmethod
     def of_content(cls, x, seed=0):

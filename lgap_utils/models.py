@@ -66,7 +66,9 @@ def verify(folder):
         return {}
     found = {}
     for line in sums.read_text().splitlines():
-        expected, name = line.split(maxsplit=1)
+        expected, _, name = line.partition("  ")
+        if not (len(expected) == 64 and name):
+            raise CheckpointError(f"{sums} is damaged: {line[:80]!r} is no checksum; restore it from the repository")
         path = sums.parent / name
         if folder not in path.parents:
             continue
@@ -76,6 +78,8 @@ def verify(folder):
             raise CheckpointError(f"{path} is damaged: sha256 {digest[:16]}..., expected {expected[:16]}...; "
                                   "restore it from the repository")
         found[name] = digest
+    if not found and sums.parent == folder:
+        raise CheckpointError(f"{sums} lists no file; restore it from the repository")
     return found
 
 
@@ -90,6 +94,16 @@ def _loading(what, name):
         first = str(error).strip().splitlines()[0][:300] if str(error).strip() else ""
         offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") else ""
         raise CheckpointError(f"cannot load the {what} from {name!r}{offline}: {type(error).__name__}: {first}") from error
+
+
+def _whole(loaded):
+    """The model of `from_pretrained(..., output_loading_info=True)`: a weight that the file lacks would stay random."""
+    model, info = loaded
+    keys = {kind: sorted(map(str, info.get(f"{kind}_keys", ()))) for kind in ("missing", "mismatched", "unexpected")}
+    keys["unexpected"] = [k for k in keys["unexpected"] if not k.endswith("position_ids")]   # a buffer that older versions saved
+    if wrong := [f"{len(found)} {kind}, e.g. {found[0]}" for kind, found in keys.items() if found]:
+        raise ValueError(f"the weights are not those of a {type(model).__name__} with this configuration: {'; '.join(wrong)}")
+    return model
 
 
 def _source(name, revision):
@@ -118,9 +132,10 @@ class Captioner(nn.Module):
 
     def pixel_values(self, x):
         """The processor's resize and normalisation; images are in [0, 1] already, so it must not divide by 255 again."""
-        pixels = self.processor.image_processor(images=list(x.float()), do_rescale=False, return_tensors="pt")["pixel_values"]
-        first = next(self.model.parameters())
-        return pixels.to(first.device, first.dtype)
+        processor, first = self.processor.image_processor, next(self.model.parameters())
+        pixels = processor(images=list(x.float()), do_rescale=False, do_normalize=False, return_tensors="pt")["pixel_values"]
+        mean, std = (torch.tensor(v, device=pixels.device).view(1, 3, 1, 1) for v in (processor.image_mean, processor.image_std))
+        return ((pixels.clamp(0, 1) - mean) / std).to(first.device, first.dtype)    # bicubic overshoots; 8-bit images cannot
 
     @torch.no_grad()
     def forward(self, x):
@@ -137,7 +152,7 @@ def load_captioner(name, revision=None, *, device=None, **search):
     from transformers import BlipForConditionalGeneration, BlipProcessor
     where, how = _source(name, revision)
     with _loading("captioner", name):
-        model = BlipForConditionalGeneration.from_pretrained(where, dtype=torch.float32, **how)
+        model = _whole(BlipForConditionalGeneration.from_pretrained(where, dtype=torch.float32, output_loading_info=True, **how))
         processor = BlipProcessor.from_pretrained(where, **how)
     return Captioner(model, processor, **search).to(device_and_dtype(device))
 
@@ -157,10 +172,11 @@ def load_diffusion(name, revision=None, *, device=None, **settings):
     from transformers import CLIPTextModel, CLIPTokenizer
     where, how = _source(name, revision)
     with _loading("diffusion model", name):
-        weights = {"use_safetensors": True, **how}
-        vae = AutoencoderKL.from_pretrained(where, subfolder="vae", torch_dtype=torch.float32, low_cpu_mem_usage=False, **weights)
-        unet = UNet2DConditionModel.from_pretrained(where, subfolder="unet", torch_dtype=torch.float32, low_cpu_mem_usage=False, **weights)
-        text_encoder = CLIPTextModel.from_pretrained(where, subfolder="text_encoder", dtype=torch.float32, **weights)
+        weights = {"use_safetensors": True, "output_loading_info": True, **how}
+        plain = {"torch_dtype": torch.float32, "low_cpu_mem_usage": False}
+        vae = _whole(AutoencoderKL.from_pretrained(where, subfolder="vae", **plain, **weights))
+        unet = _whole(UNet2DConditionModel.from_pretrained(where, subfolder="unet", **plain, **weights))
+        text_encoder = _whole(CLIPTextModel.from_pretrained(where, subfolder="text_encoder", dtype=torch.float32, **weights))
         tokenizer = CLIPTokenizer.from_pretrained(where, subfolder="tokenizer", **how)
         scheduler = ddim(DDIMScheduler.load_config(where, subfolder="scheduler", **how))
     purifier = LatentPurifier(vae, unet, text_encoder, tokenizer, scheduler, **settings)
@@ -243,9 +259,12 @@ def configuration(profile, defense):
             weights[name] = revision
         else:
             weights[name] = verify(folder) or {f.relative_to(folder).as_posix(): sha256(f) for f in sorted(folder.rglob("*.safetensors"))}
-    return {"dataset": profile.dataset, "seed": profile.seed, "weights": weights,
-            "classifier": state_digest(defense.classifier), "captioner": defense.captioner.settings(),
-            "purifier": defense.purifier.settings()}
+    # a user's own callable has no settings; its name has to stand for them
+    named = lambda part: getattr(part, "__qualname__", type(part).__name__)
+    settings = lambda part: part.settings() if hasattr(part, "settings") else named(part)
+    classifier = state_digest(defense.classifier) if isinstance(defense.classifier, nn.Module) else named(defense.classifier)
+    return {"dataset": profile.dataset, "seed": profile.seed, "weights": weights, "classifier": classifier,
+            "captioner": settings(defense.captioner), "purifier": settings(defense.purifier)}
 
 
 def state_digest(module):

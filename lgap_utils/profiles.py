@@ -102,13 +102,19 @@ class Profile:
                 raise ValueError(f"{name}={value!r}: expected a number, e.g. {name}={getattr(type(self), name, high)}")
             if not low <= value <= high:
                 raise ValueError(f"{name}={value}: expected {low} to {high}")
+        for name, choices in {"dataset": ("cifar10", "toy"), "time_grid": ("compvis", "diffusers"), "vae_sample": (False, True)}.items():
+            if getattr(self, name) not in choices or type(getattr(self, name)) is not type(choices[0]):
+                raise ValueError(f"{name}={getattr(self, name)!r}: choose from {list(choices)}")
+        for name in ("captioner", "diffusion", "classifier", "prompt", "negative_prompt"):
+            if not isinstance(getattr(self, name), str):
+                raise ValueError(f"{name}={getattr(self, name)!r}: expected text")
 
 
 TOY = Profile(
     name="toy", about="drawn scenes and bundled small models: no network, no GPU, minutes on two cores",
     dataset="toy", captioner="checkpoints/toy/captioner", diffusion="checkpoints/toy/diffusion",
     classifier="checkpoints/toy/classifier",
-    size=32, n_images=128, n_finetune=1024, n_validation=128,
+    size=32, n_images=128, n_finetune=512, n_validation=96,
 )
 SMALL = Profile(
     name="small", about="real CIFAR-10 images and small models trained on its train split: CPU or GPU",

@@ -33,7 +33,7 @@ def save_table(table, folder, name):
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     table.to_csv(folder / f"{name}.csv")
-    (folder / f"{name}.md").write_text(table.to_markdown() + "\n")
+    (folder / f"{name}.md").write_text(table.reset_index().to_markdown(index=False) + "\n")
     escaped = table.style.format(escape="latex").format_index(escape="latex").format_index(escape="latex", axis=1)
     (folder / f"{name}.tex").write_text(escaped.to_latex(hrules=True))
     return table

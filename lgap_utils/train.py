@@ -6,6 +6,7 @@ Everything runs through one loop, `fit`: a fixed number of steps, each drawing i
 from __future__ import annotations
 
 import csv
+import hashlib
 import math
 import os
 from pathlib import Path
@@ -44,7 +45,7 @@ def save_atomically(obj, path):
 
 
 def fit(model, loss_of, *, n_steps, lr, folder, seed=0, optimizer="adamw", weight_decay=0.0, warmup=0.1,
-        schedule=one_cycle, clip=None, ema=None, save_every=250, log_every=50, measure=None, title=None):
+        schedule=one_cycle, clip=None, ema=None, save_every=250, log_every=50, measure=None, title=None, data=None):
     """Train `model` in place for `n_steps` optimiser steps; resume from `folder/state.pt` if it is there.
 
     loss_of(step, rng) -> scalar loss, or (loss, {name: number}) to log; `rng` is a CPU torch.Generator that depends
@@ -64,7 +65,8 @@ def fit(model, loss_of, *, n_steps, lr, folder, seed=0, optimizer="adamw", weigh
     opt = make[optimizer]()
     average = [p.detach().clone() for p in params] if ema else []
     rows, start, state_file = [], 0, folder / "state.pt"
-    config = {"n_steps": n_steps, "lr": lr, "seed": seed, "optimizer": optimizer, "weight_decay": weight_decay}
+    config = {"n_steps": n_steps, "lr": lr, "seed": seed, "optimizer": optimizer, "weight_decay": weight_decay,
+              "warmup": warmup, "schedule": schedule.__name__, "clip": clip, "ema": ema, "data": data}
     if state_file.exists():
         state = torch.load(state_file, map_location="cpu", weights_only=True)
         if state["config"] != config:
@@ -201,7 +203,8 @@ def finetune(net, x, y, folder, *, epochs=15, lr=1e-3, batch_size=128, x_val, y_
                 "validation": accuracy(net, x_val.float().to(device) / 255, y_val)}
 
     rows = fit(net, loss_of, n_steps=round(epochs * batches.per_epoch), lr=lr, folder=folder, optimizer="adam", schedule=constant,
-               log_every=batches.per_epoch, save_every=batches.per_epoch, measure=measure, seed=seed, title="fine-tune")
+               log_every=batches.per_epoch, save_every=batches.per_epoch, measure=measure, seed=seed, title="fine-tune",
+               data=hashlib.blake2b(x.numpy().tobytes() + y.numpy().tobytes(), digest_size=8).hexdigest())
     net.requires_grad_(False)
     return [{"epoch": row["step"] / batches.per_epoch, **row} for row in rows]
 

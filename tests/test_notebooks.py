@@ -1,6 +1,8 @@
 """What papermill and nbval do not check about the stored notebooks: form, size, and that they are one clean run."""
 import ast
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import nbformat
@@ -113,3 +115,32 @@ def test_sanitizing_hides_what_varies_and_no_result(raw, clean):
     for pattern, replacement in get_sanitize_patterns(SANITIZE.read_text()):
         raw = re.sub(pattern, replacement, raw)
     assert raw == clean
+
+
+@pytest.fixture(scope="module")
+def bootstrap():
+    """The bootstrap cell, which is the same in all notebooks."""
+    cells = {cell.source for path in NOTEBOOKS for cell in code(nbformat.read(path, as_version=4), "bootstrap")}
+    assert len(cells) == 1
+    return cells.pop()
+
+
+@pytest.mark.parametrize("place", ["", "notebooks", "notebooks/deeper"])
+@pytest.mark.parametrize("checkout", ["lgap", "a folder with spaces", "dossier-été-日本"])
+def test_bootstrap_finds_the_checkout(bootstrap, tmp_path, checkout, place):
+    (tmp_path / checkout / "lgap_utils").mkdir(parents=True)
+    (tmp_path / checkout / place).mkdir(parents=True, exist_ok=True)
+    assert run_cell(bootstrap, tmp_path / checkout / place).stdout.strip() == str(tmp_path / checkout)
+
+
+def test_bootstrap_elsewhere_takes_pythonpath_or_says_what_to_do(bootstrap, tmp_path):
+    (tmp_path / "checkout" / "lgap_utils").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    assert run_cell(bootstrap, tmp_path / "elsewhere", tmp_path / "checkout").stdout.strip() == str(tmp_path / "checkout")
+    lost = run_cell(bootstrap, tmp_path / "elsewhere")
+    assert lost.returncode == 1 and "start Jupyter in the checkout" in lost.stderr
+
+
+def run_cell(text, folder, python_path=""):
+    return subprocess.run([sys.executable, "-I" if not python_path else "-P", "-c", f"{text}\nprint(ROOT)"], cwd=folder,
+                          env={"PYTHONPATH": str(python_path), "PYTHONUTF8": "1"}, capture_output=True, text=True)

@@ -1,0 +1,85 @@
+"""One small defence with random weights, made, saved and loaded as the bundled ones are. No test needs a network or a GPU."""
+import copy
+import importlib.util
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"      # read once, when huggingface_hub is imported
+os.environ["TQDM_DISABLE"] = "1"
+
+ROOT = Path(__file__).resolve().parents[1]
+SIZES = {
+    "classifier": {"depth": 10, "widen_factor": 1, "batch_size": 8},
+    "vae": {"channels": (8, 16, 16), "latent_channels": 4},
+    "diffusion": {"channels": (16, 32), "text_width": 16},
+}
+
+
+@pytest.fixture(scope="session")
+def make():
+    """checkpoints/make.py as a module."""
+    spec = importlib.util.spec_from_file_location("make_checkpoints", ROOT / "checkpoints" / "make.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def captions():
+    """Enough true captions to hold every word that the toy data set uses."""
+    from lgap_utils import toy
+    return [toy.draw("train", i)[2] for i in range(300)]
+
+
+@pytest.fixture(scope="session")
+def profile(make, captions, tmp_path_factory):
+    """A profile whose three models lie in a temporary folder, in the layout of checkpoints/toy."""
+    import torch
+
+    from lgap_utils.data import load_images
+    from lgap_utils.profiles import TOY
+    out = tmp_path_factory.mktemp("tiny")
+    profile = replace(TOY, name="tiny", **{part: str(out / part) for part in ("captioner", "diffusion", "classifier")})
+    images = load_images("toy", "train", 8)
+    for part, sizes in SIZES.items():
+        torch.manual_seed(0)
+        make.PARTS[part](profile, images, captions[:8], tmp_path_factory.mktemp(part), out, "cpu", epochs=0, **sizes)
+    torch.manual_seed(0)
+    captioner = make.new_captioner(captions, profile, "cpu", width=16, layers=1, text_layers=1)
+    for weight in captioner.model.parameters():
+        weight.data *= 8 if weight.ndim > 1 else 1      # without this, every image would get the same words
+    captioner.model.half().save_pretrained(out / "captioner")
+    captioner.processor.save_pretrained(out / "captioner")
+    make.models.write_checksums(out)
+    return profile
+
+
+@pytest.fixture(scope="session")
+def defense(profile):
+    from lgap_utils.models import load_defense
+    return load_defense(profile, device="cpu")
+
+
+@pytest.fixture(scope="session")
+def purifier(defense):
+    return defense.purifier
+
+
+@pytest.fixture(scope="session")
+def images():
+    """The first eight test images of the toy data set."""
+    from lgap_utils.data import load_images
+    return load_images("toy", "test", 8)
+
+
+@pytest.fixture(scope="session")
+def exact(purifier):
+    """The purifier in float64, working at 16 x 16 and in a few steps, its colours too pale to reach the clamp."""
+    double = copy.deepcopy(purifier).double()
+    double.size, double.strength = 16, 0.1
+    double.vae.decoder.conv_out.weight.data *= 0.1
+    double.vae.decoder.conv_out.bias.data *= 0.1
+    return double

@@ -1,0 +1,431 @@
+"""The purification is diffusers' image-to-image and DDIM's formula, batch by batch the same, and truly differentiable."""
+import contextlib
+import io
+import warnings
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import DDIMScheduler, StableDiffusionImg2ImgPipeline
+from diffusers.models.autoencoders import vae as diffusers_vae
+from diffusers.pipelines.stable_diffusion import pipeline_stable_diffusion_img2img as img2img
+from PIL import Image
+from torch import nn
+
+from lgap_utils.defense import LGAP, Trace, check_images, noise_schedule, read_image, resize
+from lgap_utils.keyed import Keys, generator
+
+WORDS = ["a small red circle at the left of a plain blue picture", "a ring", "", "a large star in the middle of a dotted red picture"]
+STABLE_DIFFUSION = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+ALPHA_BAR = np.cumprod(1 - np.linspace(0.00085 ** 0.5, 0.012 ** 0.5, 1000) ** 2)
+
+
+def uniform(*shape):
+    return torch.rand(shape, generator=generator("test", *shape))
+
+
+# ---------------------------------------------------------------- against diffusers and the formula
+
+@pytest.mark.parametrize("strength", [0.5, 0.1])
+@pytest.mark.parametrize("guidance_scale", [5.0, 1.0])
+def test_it_equals_the_pipeline_of_diffusers(purifier, images, monkeypatch, strength, guidance_scale):
+    p, x, keys = purifier, images.x[:2], Keys([4, 9], seed=3)
+    draws = iter([keys.normal((4, 8, 8), "posterior"), keys.normal((4, 8, 8), "noise")])
+    for module in (diffusers_vae, img2img):
+        monkeypatch.setattr(module, "randn_tensor", lambda *_, **__: next(draws))
+    scheduler = DDIMScheduler(clip_sample=False, set_alpha_to_one=False, steps_offset=1, **STABLE_DIFFUSION)
+    pipeline = StableDiffusionImg2ImgPipeline(p.vae, p.text_encoder, p.tokenizer, p.unet, scheduler, safety_checker=None,
+                                              feature_extractor=None, requires_safety_checker=False)
+    pipeline.set_progress_bar_config(disable=True)
+    expected = pipeline(WORDS[:2], x, strength, num_inference_steps=50, guidance_scale=guidance_scale, output_type="pt").images
+    with torch.no_grad(), p.using(strength=strength, guidance_scale=guidance_scale, time_grid="diffusers"):
+        purified = p(x, WORDS[:2], keys)
+    assert next(draws, None) is None
+    assert torch.allclose(purified, expected, rtol=0, atol=1e-4)
+    assert ((purified > 0) & (purified < 1)).float().mean() > 0.5 and (purified - x).abs().mean() > 0.05
+
+
+@pytest.mark.parametrize("strength, time_grid, noise, first, n", [
+    (0.5, "compvis", 501, 481, 25), (0.1, "compvis", 101, 81, 5), (0.5, "diffusers", 481, 481, 25), (0.1, "diffusers", 81, 81, 5)])
+def test_the_times_are_those_of_the_two_code_bases(purifier, strength, time_grid, noise, first, n):
+    t_noise, times = noise_schedule(purifier.scheduler, strength, 50, time_grid)
+    assert t_noise == noise and times == list(range(first, 0, -20)) and len(times) == n
+
+
+def test_the_noise_schedule_is_that_of_stable_diffusion(purifier):
+    assert np.allclose(purifier.scheduler.alphas_cumprod, ALPHA_BAR, atol=1e-5)
+    assert [round(float(purifier.scheduler.alphas_cumprod[t]), 3) for t in (501, 481, 101, 81)] == [0.275, 0.302, 0.893, 0.917]
+
+
+@contextlib.contextmanager
+def recorded(module):
+    """A list of (inputs, output) of every call of `module` inside the `with`."""
+    calls = []
+    handle = module.register_forward_hook(lambda _, inputs, output: calls.append((inputs, output.sample)))
+    yield calls
+    handle.remove()
+
+
+@pytest.mark.parametrize("strength, times", [(0.5, [501, *range(481, 0, -20)]), (0.1, [101, 81, 61, 41, 21, 1])])
+def test_every_step_is_the_ddim_formula(purifier, images, strength, times):
+    p, x, keys, trace = purifier, images.x[:2], Keys(range(2)), Trace()
+    with torch.no_grad(), p.using(strength=strength), recorded(p.unet) as calls:
+        purified = p(x, WORDS[:2], keys, trace)
+    assert trace.times == times and [int(inputs[1]) for inputs, _ in calls] == times[1:]
+
+    with torch.no_grad():
+        posterior = p.vae.encode(2 * x - 1).latent_dist
+        z = (posterior.mean + posterior.std * keys.normal((4, 8, 8), "posterior")) * p.vae.config.scaling_factor
+    t = times[0]
+    z = ALPHA_BAR[t] ** 0.5 * z + (1 - ALPHA_BAR[t]) ** 0.5 * keys.normal((4, 8, 8), "noise")
+    assert torch.allclose(trace.latents[0], z, atol=1e-5)
+    for t, before, after, (_, output) in zip(times[1:], trace.latents, trace.latents[1:], calls):
+        without, with_caption = output.chunk(2)
+        eps = without + 5 * (with_caption - without)
+        a, a_next = ALPHA_BAR[t], ALPHA_BAR[max(t - 20, 0)]
+        x0 = (before - (1 - a) ** 0.5 * eps) / a ** 0.5
+        assert torch.allclose(after, a_next ** 0.5 * x0 + (1 - a_next) ** 0.5 * eps, rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        decoded = p.vae.decode(trace.latents[-1] / p.vae.config.scaling_factor).sample
+    assert torch.allclose(purified, (decoded / 2 + 0.5).clamp(0, 1), atol=1e-6)
+
+
+def test_the_trace_does_not_change_the_result(purifier, images):
+    x, keys, trace = images.x[:1], Keys([0]), Trace()
+    with torch.no_grad(), purifier.using(strength=0.1):
+        assert torch.equal(purifier(x, ["a ring"], keys, trace), purifier(x, ["a ring"], keys))
+    assert len(trace.denoised) == 5 and all(d.shape == x.shape and 0 <= d.min() and d.max() <= 1 for d in trace.denoised)
+
+
+def test_the_caption_and_the_negative_prompt_guide(purifier, images):
+    x, keys = images.x[:1], Keys([0])
+    with torch.no_grad(), purifier.using(strength=0.1):
+        one, other = purifier(x, ["a large red star"], keys), purifier(x, ["a small blue ring"], keys)
+        with purifier.using(negative_prompt="a small blue ring"):
+            away = purifier(x, ["a large red star"], keys)
+        with purifier.using(guidance_scale=0):
+            blind = [purifier(x, [caption], keys) for caption in ("a large red star", "a small blue ring")]
+    assert (one - other).abs().max() > 1e-3 and (one - away).abs().max() > 1e-3
+    assert torch.equal(*blind)
+
+
+def test_without_sampling_the_latent_is_the_mode(purifier, images):
+    x = images.x[:2]
+    with torch.no_grad(), purifier.using(vae_sample=False):
+        z = purifier.encode(x, Keys([0, 1]))
+        assert torch.equal(z, purifier.vae.encode(2 * x - 1).latent_dist.mode() * purifier.vae.config.scaling_factor)
+
+
+# ---------------------------------------------------------------- batches
+
+@pytest.mark.parametrize("keys", [Keys(range(8), seed=1), None], ids=["index keys", "content keys"])
+def test_batch_size_and_order_change_nothing(defense, images, keys):
+    """Captions, purified images and logits of one batch of 8, of batches of 3, 3 and 2, of single images, and backwards."""
+    def run(order):
+        captions = defense.caption(images.x[order])
+        x = defense.purify(images.x[order], captions, keys and sum((keys[i:i + 1] for i in order), Keys([])))
+        return captions, x, defense.classify(x)
+
+    with torch.no_grad(), defense.purifier.using(num_inference_steps=20):
+        captions, purified, logits = run(list(range(8)))
+        for size in (1, 3):
+            parts = [run(list(range(i, min(i + size, 8)))) for i in range(0, 8, size)]
+            assert sum((part[0] for part in parts), []) == captions
+            assert torch.allclose(torch.cat([part[1] for part in parts]), purified, rtol=0, atol=1e-5)
+            assert torch.allclose(torch.cat([part[2] for part in parts]), logits, rtol=0, atol=1e-4)
+        backwards = run(list(range(7, -1, -1)))
+    assert backwards[0] == captions[::-1] and torch.allclose(backwards[1].flip(0), purified, rtol=0, atol=1e-5)
+
+
+def test_seeds_matter_and_the_global_generators_do_not(defense, images):
+    x = images.x[:2]
+    with torch.no_grad(), defense.purifier.using(strength=0.1):
+        torch.manual_seed(4321)
+        before = torch.get_rng_state(), np.random.get_state()[1].copy()
+        first = defense(x)
+        assert torch.equal(torch.get_rng_state(), before[0]) and np.array_equal(np.random.get_state()[1], before[1])
+        torch.manual_seed(1)
+        assert torch.equal(defense(x), first)
+        one, other = (defense.purify(x, WORDS[:2], Keys.of_content(x, seed)) for seed in (0, 1))
+    assert (one - other).flatten(1).abs().amax(1).min() > 1e-3
+
+
+# ---------------------------------------------------------------- gradients
+
+@pytest.fixture
+def wide():
+    """Two images larger than the working size, so that both resizes are passed, and a direction to weigh the output with."""
+    return 0.2 + 0.6 * uniform(2, 3, 24, 24).double(), uniform(2, 3, 24, 24).double() - 0.5
+
+
+def gradient(purifier, x, direction, captions=WORDS[:2]):
+    x = x.clone().requires_grad_()
+    purified = LGAP(None, purifier, nn.Identity()).purify(x, captions, Keys(range(len(x))))
+    return torch.autograd.grad((purified * direction).sum(), x)[0]
+
+
+def test_the_gradient_is_that_of_finite_differences(exact, wide):
+    x, direction = wide
+    keys, h = Keys([0, 1]), 1e-5
+    value = lambda x: (exact(x, WORDS[:2], keys) * direction).sum()
+    with torch.no_grad():
+        purified = exact(x, WORDS[:2], keys)
+    assert 0 < purified.min() and purified.max() < 1               # the clamp is not touched
+    slope = gradient(exact, x, direction)
+    for seed in range(3):
+        step = torch.randn(x.shape, dtype=x.dtype, generator=generator("direction", seed))
+        with torch.no_grad():
+            measured = (value(x + h * step) - value(x - h * step)) / (2 * h)
+        assert torch.isclose((slope * step).sum(), measured, rtol=1e-5)
+
+
+def test_checkpointing_leaves_the_gradient_as_it_is(exact, wide):
+    recomputed = gradient(exact, *wide)
+    with exact.using(checkpointing=False):
+        assert torch.equal(gradient(exact, *wide), recomputed)
+    assert recomputed.flatten(1).abs().amax(1).min() > 0
+
+
+def test_an_image_has_no_gradient_from_its_neighbour(exact, wide):
+    x, direction = wide
+    direction[1] = 0
+    slope = gradient(exact, x, direction)
+    assert slope[0].abs().max() > 0 and slope[1].abs().max() == 0
+
+
+def test_the_weights_are_frozen_and_captioning_carries_no_gradient(defense, images):
+    assert not any(p.requires_grad for p in defense.parameters())
+    x = images.x[:1].requires_grad_()
+    with defense.purifier.using(strength=0.02):
+        own = torch.autograd.grad(defense(x).sum(), x)[0]
+        given = torch.autograd.grad(defense(x, defense.caption(x)).sum(), x)[0]
+    assert torch.equal(own, given) and own.abs().max() > 0
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0], ids=["black", "white"])
+def test_a_saturated_image_keeps_its_gradient_through_the_resize(value):
+    """Attacks end on 0 and 1 all the time; a clamp that is there for rounding only must not hide the way back."""
+    x = torch.full((1, 3, 24, 24), value, requires_grad=True)
+    for size in (16, 48):
+        slope = torch.autograd.grad(resize(x, (size, size)).sum(), x)[0]
+        plain = F.interpolate(x, (size, size), mode="bilinear", antialias=True)
+        assert torch.allclose(slope, torch.autograd.grad(plain.sum(), x)[0], rtol=1e-4)
+
+
+def test_with_checkpointing_memory_does_not_grow_with_the_steps(exact, wide):
+    def saved(n_steps, checkpointing):
+        """Bytes kept for the backward pass."""
+        kept = {}
+        hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.data_ptr(), t), lambda t: t)
+        with exact.using(strength=n_steps / 50, checkpointing=checkpointing), hooks:
+            exact(wide[0].clone().requires_grad_(), WORDS[:2], Keys([0, 1]))
+        return sum(t.nbytes for t in kept.values())
+
+    latent = 2 * 4 * 4 * 4 * 8                                      # bytes of z, which each step needs to start again
+    assert saved(5, True) - saved(1, True) <= 4 * 2 * latent
+    assert saved(5, False) - saved(1, False) > 4 * 100 * latent
+
+
+# ---------------------------------------------------------------- bad inputs
+
+def with_one(value):
+    x = uniform(3, 3, 8, 8)
+    x[1, 2, 3, 4] = value
+    return x
+
+
+@pytest.mark.parametrize("x, error, says", [
+    (np.zeros((1, 3, 8, 8)), TypeError, "torch.Tensor, got ndarray"),
+    ((255 * uniform(1, 3, 8, 8)).byte(), TypeError, "uint8"),
+    (255 * uniform(1, 3, 8, 8), ValueError, r"span \[.*\], expected \[0, 1\]"),
+    (2 * uniform(1, 3, 8, 8) - 1, ValueError, r"span \[-"),
+    (with_one(-1e-7), ValueError, r"span \[-1\.0*1?e-07"),
+    (with_one(1 + 2e-7), ValueError, r"1\.0000002"),
+    (with_one(float("nan")), ValueError, "1 of 3 hold NaN"),
+    (with_one(float("inf")), ValueError, "1 of 3 hold NaN or inf"),
+    (uniform(1, 1, 8, 8), ValueError, r"got \[1, 1, 8, 8\]$"),
+    (uniform(1, 8, 8, 3), ValueError, "channels-last"),
+    (uniform(3, 8, 8), ValueError, r"\[n, 3, height, width\], got \[3, 8, 8\]"),
+    (uniform(0, 3, 8, 8), ValueError, "empty"),
+], ids=["array", "uint8", "0 to 255", "-1 to 1", "just below 0", "just above 1", "NaN", "inf", "grey", "channels-last",
+        "no batch", "empty"])
+def test_a_bad_image_is_refused_before_anything_runs(x, error, says):
+    never = pytest.fail
+    with pytest.raises(error, match=f"images: .*{says}"):
+        LGAP(never, never, never)(x)
+
+
+def test_images_that_just_fit_are_taken():
+    check_images(torch.tensor([0.0, 1.0, 0.5]).view(1, 3, 1, 1))
+
+
+@pytest.mark.parametrize("settings, says", [
+    ({"strength": 0}, "gives 0 denoising steps"),
+    ({"strength": 1.5}, "gives 75 denoising steps; expected 1 to 49"),
+    ({"strength": 1.0}, "gives 50 denoising steps; expected 1 to 49"),
+    ({"strength": 0.1, "num_inference_steps": 4}, "gives 0 denoising steps; expected 1 to 3"),
+    ({"strength": -0.1}, "gives -5 denoising steps"),
+    ({"time_grid": "ddpm"}, "no time_grid 'ddpm'"),
+    ({"size": 30}, "size=30.*multiple of 4"),
+    ({"guidance": 3}, "no setting guidance; choose from"),
+], ids=str)
+def test_a_bad_setting_is_refused(purifier, images, settings, says):
+    old = purifier.settings()
+    with pytest.raises(ValueError, match=says), purifier.using(**settings):
+        purifier(images.x[:1], ["a ring"])
+    assert purifier.settings() == old
+
+
+@pytest.mark.parametrize("settings", [{"strength": 0}, {"size": 30}, {"time_grid": "ddpm"}], ids=str)
+def test_a_purifier_is_not_built_with_a_bad_setting(purifier, settings):
+    p = purifier
+    with pytest.raises(ValueError, match=str(next(iter(settings.values())))):
+        type(p)(p.vae, p.unet, p.text_encoder, p.tokenizer, p.scheduler, **{"size": 32, "strength": 0.5} | settings)
+
+
+def test_a_step_that_truncates_counts_as_both_code_bases_count(purifier):
+    assert len(noise_schedule(purifier.scheduler, 0.29, 100)[1]) == 28
+    assert noise_schedule(purifier.scheduler, 1.0, 50, "diffusers")[0] == 981
+
+
+def test_settings_come_back_after_a_failure(purifier):
+    old = purifier.settings()
+    with pytest.raises(KeyError), purifier.using(strength=0.1, size=16):
+        raise KeyError
+    assert purifier.settings() == old
+
+
+@pytest.mark.parametrize("wrong, error", [(["one"], ValueError), ("ab", TypeError), ([1, 2], TypeError), (["a", None], TypeError)], ids=str)
+def test_captions_are_one_string_per_image(defense, images, wrong, error):
+    with pytest.raises(error, match="captions: "):
+        defense.purify(images.x[:2], wrong)
+    with pytest.raises(error, match="captions: "):
+        LGAP(lambda x: wrong, defense.purifier, defense.classifier).caption(images.x[:2])
+
+
+def test_keys_are_one_per_image(defense, images):
+    with pytest.raises(ValueError, match="keys: got 3 for 2 images"):
+        defense.purify(images.x[:2], WORDS[:2], Keys(range(3)))
+
+
+@pytest.mark.parametrize("caption", ["", "red " * 300, "a\x00b\n\t\x1b[31m", r"\frac{1}{2} & 50\% $x_0$", "ein Bär 猫"],
+                         ids=["empty", "300 words", "control characters", "LaTeX", "not English"])
+def test_strange_captions_are_no_reason_to_stop(purifier, images, caption):
+    cut = purifier.truncated
+    with torch.no_grad(), purifier.using(strength=0.02), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert torch.isfinite(purifier(images.x[:1], [caption], Keys([0]))).all()
+    assert purifier.truncated - cut == (caption.count("red") == 300)
+
+
+def test_a_cut_caption_is_counted_and_announced(purifier):
+    before, fits, long = purifier.truncated, "red " * 30, "red " * 31      # 32 tokens, two of them begin and end
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        exactly = purifier.embed([fits])
+    with pytest.warns(UserWarning, match="2 of 3 captions are longer than the text encoder's 32 tokens"):
+        cut = purifier.embed([long, fits, long + "star"])
+    assert purifier.truncated - before == 2
+    assert torch.allclose(cut[0], exactly[0], atol=1e-5)                   # what was cut is the end
+
+
+# ---------------------------------------------------------------- a user's own parts
+
+def pale(x, captions, keys):
+    return x * 0.5
+
+
+def test_any_callables_make_a_defence(images):
+    seen = []
+    net = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 10)).train()
+    defense = LGAP(lambda x: seen.append(x) or ["thing"] * len(x), pale, net, images.classes)
+    x = images.x[:3].requires_grad_()
+    assert torch.equal(defense(x), net(x * 0.5))
+    assert defense.caption(x) == ["thing"] * 3 and not net.training
+    assert all(torch.equal(x, s) and not s.requires_grad for s in seen)
+
+
+def test_what_the_classifier_sees_is_an_image(defense, images):
+    seen = []
+    with torch.no_grad(), defense.purifier.using(strength=0.1):
+        LGAP(defense.captioner, defense.purifier, lambda x: seen.append(x) or torch.zeros(len(x), 10))(images.x[:2])
+    assert seen[0].shape == (2, 3, 32, 32) and seen[0].min() >= 0 and seen[0].max() <= 1 and seen[0].max() > 0.5
+
+
+def test_a_classifier_in_training_mode_is_caught(images):
+    net = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 10))
+    defense = LGAP(lambda x: [""] * len(x), pale, net)
+    net.train()
+    with pytest.raises(ValueError, match="training mode.*eval"):
+        defense(images.x)
+
+
+@pytest.mark.parametrize("output, says", [
+    (torch.zeros(3, 7), r"\[3, 7\], expected \[3, 10\]"),
+    (torch.zeros(3), r"\[3\], expected \[3, 10\]"),
+    (torch.zeros(1, 10), r"\[1, 10\], expected \[3, 10\]"),
+    (torch.full((3, 10), float("nan")), "NaN"),
+], ids=["wrong classes", "no classes", "one row for all", "NaN"])
+def test_a_wrong_answer_of_the_classifier_is_caught(images, output, says):
+    with pytest.raises(ValueError, match=f"classifier: .*{says}"):
+        LGAP(None, pale, lambda x: output, images.classes)(images.x[:3], ["", "", ""])
+
+
+def test_probabilities_in_place_of_logits_are_announced(images):
+    logits = uniform(3, 10) * 8 - 4
+    with pytest.warns(UserWarning, match="softmax"):
+        LGAP(None, pale, lambda x: logits.softmax(1)).classify(images.x[:3])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(LGAP(None, pale, lambda x: logits).classify(images.x[:3]), logits)
+
+
+def test_a_purified_image_that_is_not_finite_is_named(images):
+    def broken(x, captions, keys):
+        return x * torch.tensor([1, float("nan"), 1]).view(3, 1, 1, 1)
+    with pytest.raises(ValueError, match=r"purified image 1 of 3 holds NaN or inf \(key .*41"):
+        LGAP(None, broken, None).purify(images.x[:3], ["", "", ""], Keys([40, 41, 42]))
+
+
+# ---------------------------------------------------------------- one image from anywhere
+
+def test_one_image_may_come_as_a_path_an_array_or_an_image(images, tmp_path):
+    x = images.x[0]
+    pixels = images.pixels[0].permute(1, 2, 0).numpy()
+    Image.fromarray(pixels).save(tmp_path / "x.png")
+    for source in (tmp_path / "x.png", str(tmp_path / "x.png"), Image.fromarray(pixels), pixels, pixels / np.float32(255),
+                   pixels / 255, x, io.BytesIO((tmp_path / "x.png").read_bytes())):
+        assert torch.allclose(read_image(source), x, atol=1e-7)
+    grey = read_image(Image.fromarray(pixels).convert("L"))
+    assert grey.shape == (3, 32, 32) and torch.equal(grey[0], grey[1])
+
+
+def test_purify_one_is_the_defence_on_a_batch_of_one(defense, images):
+    with torch.no_grad(), defense.purifier.using(strength=0.1):
+        one = defense.purify_one(images.pixels[0].permute(1, 2, 0).numpy(), seed=4, with_trace=True)
+        x = images.x[:1]
+        assert torch.equal(one.image, defense.purify(x, [one.caption], Keys.of_content(x, 4))[0])
+        assert torch.equal(one.logits, defense.classify(one.image[None])[0])
+    assert one.label == one.logits.argmax() and len(one.trace.latents) == 6
+
+
+def test_a_file_that_is_no_image_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="none.png: no such image file"):
+        read_image(tmp_path / "none.png")
+    (tmp_path / "page.png").write_text("<html>Not found</html>")
+    with pytest.raises(ValueError, match="page.png: not an image"):
+        read_image(tmp_path / "page.png")
+    Image.fromarray(np.arange(64 * 64 * 3, dtype=np.uint8).reshape(64, 64, 3)).save(tmp_path / "half.png")
+    whole = (tmp_path / "half.png").read_bytes()
+    (tmp_path / "half.png").write_bytes(whole[:len(whole) // 2])
+    with pytest.raises(ValueError, match="half.png"):
+        read_image(tmp_path / "half.png")
+
+
+@pytest.mark.parametrize("array, says", [
+    (np.zeros((8, 8), np.uint8), "height, width, 3"), (np.full((8, 8, 3), 200.0), r"expected \[0, 1\]"),
+    (np.full((8, 8, 3), 7), r"expected \[0, 1\]")], ids=["grey", "0 to 255 as floats", "0 to 255 as int64"])
+def test_a_wrong_array_is_refused(array, says):
+    with pytest.raises(ValueError, match=says):
+        read_image(array)

@@ -1,0 +1,243 @@
+"""A killed run ends where an unbroken one does, and training changes what it should."""
+import copy
+import csv
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from lgap_utils import models, train
+from lgap_utils.keyed import generator
+
+
+def linear():
+    net = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 1))
+    for i, p in enumerate(net.parameters()):
+        p.data = torch.randn(p.shape, generator=generator("weights", i))
+    return net
+
+
+class Killed(Exception):
+    pass
+
+
+def run(net, folder, kill_at=None, **how):
+    """Twenty steps on noise, saved every five."""
+    def loss_of(step, rng):
+        if step == kill_at:
+            raise Killed
+        x = torch.randn(8, 4, generator=rng)
+        loss = (net(x) - x.sum(1, keepdim=True)).square().mean()
+        return loss, {"twice": 2 * loss}
+    return train.fit(net, loss_of, folder=folder, **{"n_steps": 20, "lr": 0.01, "save_every": 5, "log_every": 4} | how)
+
+
+@pytest.mark.parametrize("how", [{"optimizer": "adamw", "weight_decay": 0.1}, {"optimizer": "sgd", "clip": 0.5},
+                                 {"optimizer": "adam", "ema": 0.9}], ids=["adamw", "sgd", "adam and average"])
+def test_a_killed_run_ends_like_an_unbroken_one(tmp_path, how):
+    whole, broken = linear(), linear()
+    rows = run(whole, tmp_path / "whole", **how)
+    for kill_at in (3, 7, 13):                           # before the first save, between saves, and again
+        broken = linear()
+        with pytest.raises(Killed):
+            run(broken, tmp_path / "broken", kill_at, **how)
+    broken = linear()
+    assert run(broken, tmp_path / "broken", **how) == rows
+    for net in (broken, whole):
+        assert not net.training
+    state = whole.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in broken.state_dict().items())
+    assert (tmp_path / "broken/log.csv").read_text() == (tmp_path / "whole/log.csv").read_text()
+
+
+def test_a_finished_run_is_only_read(tmp_path):
+    first, again = linear(), linear()
+    rows = run(first, tmp_path, ema=0.9)
+    assert run(again, tmp_path, kill_at=0, ema=0.9) == rows
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), first.parameters()))
+
+
+def test_the_log_holds_what_was_returned(tmp_path):
+    rows = run(linear(), tmp_path)
+    with open(tmp_path / "log.csv", newline="") as f:
+        logged = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(f)]
+    assert logged == rows and [row["step"] for row in rows] == [0, 4, 8, 12, 16, 19]
+    assert all(math.isclose(row["twice"], 2 * row["loss"]) for row in rows) and rows[-1]["loss"] < rows[0]["loss"]
+
+
+@pytest.mark.parametrize("how, says", [
+    ({"lr": 0.02}, r"'lr': \(0.01, 0.02\)"), ({"seed": 1}, r"'seed': \(0, 1\)"), ({"n_steps": 30}, r"\(20, 30\)"),
+    ({"optimizer": "sgd"}, "'adamw', 'sgd'"), ({"ema": 0.9}, "ema"), ({"clip": 1.0}, "clip"), ({"warmup": 0.5}, "warmup")], ids=str)
+def test_a_folder_of_another_run_is_refused_with_the_difference(tmp_path, how, says):
+    with pytest.raises(Killed):
+        run(linear(), tmp_path, kill_at=12)
+    with pytest.raises(ValueError, match=f"state.pt belongs to another run.*{says}"):
+        run(linear(), tmp_path, **how)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    net = linear()
+    with pytest.raises(ValueError, match="loss nan at step 0; lower the learning rate"):
+        train.fit(net, lambda step, rng: net[0].weight.sum() * float("nan"), n_steps=3, lr=0.1, folder=tmp_path)
+    assert not (tmp_path / "state.pt").exists()
+    with pytest.raises(ValueError, match=r"no optimizer 'lion'; choose from \['adam', 'adamw', 'sgd'\]"):
+        run(linear(), tmp_path, optimizer="lion")
+
+
+def test_saving_never_leaves_half_a_file(tmp_path):
+    file = tmp_path / "state.pt"
+    train.save_atomically({"step": 1}, file)
+    with pytest.raises(Exception, match="pickle"):
+        train.save_atomically({"step": 2, "broken": lambda: 0}, file)
+    assert torch.load(file) == {"step": 1}
+
+
+@pytest.mark.parametrize("optimizer, decay", [("adam", 0.0), ("adamw", 0.3)])
+def test_steps_are_those_of_the_formula(tmp_path, optimizer, decay):
+    """Adam with a constant gradient moves by lr a step; AdamW also shrinks the weight by lr * decay."""
+    net = nn.Linear(1, 1, bias=False)
+    net.weight.data.fill_(1)
+    train.fit(net, lambda step, rng: 3 * net.weight.sum(), n_steps=4, lr=0.1, folder=tmp_path, optimizer=optimizer,
+              weight_decay=decay, schedule=train.constant)
+    expected = 1.0
+    for _ in range(4):
+        expected = expected * (1 - 0.1 * decay) - 0.1
+    assert math.isclose(net.weight.item(), expected, abs_tol=1e-6)
+
+
+def test_the_average_is_that_of_the_formula(tmp_path):
+    net = nn.Linear(1, 1, bias=False)
+    net.weight.data.fill_(1)
+    train.fit(net, lambda step, rng: net.weight.sum(), n_steps=30, lr=0.1, folder=tmp_path, optimizer="adam",
+              schedule=train.constant, ema=0.6)
+    average = weight = 1.0
+    for step in range(30):
+        weight -= 0.1
+        decay = min(0.6, (step + 1) / (step + 10))
+        average = decay * average + (1 - decay) * weight
+    assert math.isclose(net.weight.item(), average, abs_tol=1e-5) and average - weight > 0.1
+
+
+def test_the_learning_rate_rises_to_one_and_ends_at_zero():
+    rates = [train.one_cycle(step, 100) for step in range(101)]
+    top = rates.index(max(rates))
+    assert rates[top] == 1 and rates[:top + 1] == sorted(rates[:top + 1]) and rates[top:] == sorted(rates[top:], reverse=True)
+    assert 9 <= top <= 10 and rates[0] > 0 and rates[99] < 1e-3 and abs(rates[100]) < 1e-12
+    assert all(0 < train.one_cycle(step, n) <= 1 for n in (1, 2, 3, 7) for step in range(n))
+
+
+@pytest.mark.parametrize("n, batch_size", [(12, 4), (10, 4), (3, 8)])
+def test_batches_visit_every_image_once_an_epoch(n, batch_size):
+    """Except for what is left over where the batch size does not divide n, which differs from epoch to epoch."""
+    batches, epochs = train.Batches(n, batch_size, seed=1), []
+    for epoch in range(20):
+        rows = torch.cat([batches(epoch * batches.per_epoch + i) for i in range(batches.per_epoch)]).tolist()
+        assert len(set(rows)) == len(rows) == n - n % min(batch_size, n)
+        epochs.append(rows)
+    assert len({tuple(rows) for rows in epochs}) > 2 and set(sum(epochs, [])) == set(range(n))
+    assert train.Batches(n, batch_size, seed=1)(7).tolist() == batches(7).tolist()
+    assert any(train.Batches(n, batch_size, seed=2)(i).tolist() != batches(i).tolist() for i in range(5))
+
+
+# ---------------------------------------------------------------- augmentation
+
+def test_augmentation_moves_and_mirrors(images):
+    x, rng = images.x[:4].repeat(16, 1, 1, 1), generator("augmentation")
+    assert torch.equal(train.crop_and_flip(torch.full((2, 3, 8, 8), 0.3), rng), torch.full((2, 3, 8, 8), 0.3))
+    still = train.crop_and_flip(x, rng, pad=0)
+    same, mirrored = ((still == other).flatten(1).all(1) for other in (x, x.flip(3)))
+    assert (same ^ mirrored).all() and 10 <= same.sum() <= 54
+    moved = train.crop_and_flip(x, rng, pad=3)
+    assert moved.shape == x.shape and torch.isin(moved, x).all()
+    assert torch.equal(train.crop_and_flip(x, generator(1)), train.crop_and_flip(x, generator(1)))
+
+
+def test_a_crop_is_a_window_of_the_padded_image():
+    x = torch.arange(3 * 8 * 8.0).view(1, 3, 8, 8).repeat(40, 1, 1, 1)
+    padded = nn.functional.pad(x[:1], (2,) * 4, mode="reflect")[0]
+    windows = [padded[:, i:i + 8, j:j + 8] for i in range(5) for j in range(5)]
+    windows += [w.flip(2) for w in windows]
+    found = {next(k for k, w in enumerate(windows) if torch.equal(w, image)) for image in train.crop_and_flip(x, generator(2), pad=2)}
+    assert len(found) > 15
+
+
+# ---------------------------------------------------------------- the models
+
+@pytest.fixture
+def net(defense):
+    return copy.deepcopy(defense.classifier)
+
+
+def test_accuracy_counts(net, images):
+    y = torch.cat([net(images.x[:5]).argmax(1), (net(images.x[5:]).argmax(1) + 1) % 10])
+    assert train.accuracy(net, images.x, y, batch_size=3) == 5 / 8
+
+
+def test_a_classifier_learns_four_scenes_by_heart(net, images, tmp_path):
+    """Training pools globally, the network itself 8 x 8: at 32 x 32 that must be the same."""
+    some, how = images[:4], {"batch_size": 4, "optimizer": "adam", "weight_decay": 0, "augment": False}
+    expected = nn.functional.cross_entropy(copy.deepcopy(net).train()(some.x), some.labels)
+    net.requires_grad_(True)
+    (first,) = train.train_classifier(copy.deepcopy(net), some, tmp_path / "one step", epochs=1, **how)
+    assert math.isclose(first["loss"], expected, rel_tol=1e-4)
+    rows = train.train_classifier(net, some, tmp_path / "all", epochs=40, lr=0.01, small_epochs=5, **how)
+    assert train.accuracy(net, some.x, some.labels) == rows[-1]["accuracy"] == 1
+
+
+def test_fine_tuning_learns_and_reports_each_epoch(net, images, tmp_path):
+    before = copy.deepcopy(net.state_dict())
+    rows = train.finetune(net, images.pixels, images.labels, tmp_path, epochs=12, lr=0.01, batch_size=4,
+                          x_val=images.pixels[:4], y_val=images.labels[:4])
+    assert all(not torch.equal(net.state_dict()[name], before[name]) for name in ("conv1.weight", "fc.bias", "bn1.running_mean"))
+    assert not net.training and not any(p.requires_grad for p in net.parameters())
+    assert rows[-1]["train"] == train.accuracy(net, images.x[:4], images.labels[:4]) and rows[-1]["loss"] < rows[0]["loss"]
+    assert {0, 1, 2, 11} <= {int(row["epoch"]) for row in rows}
+
+
+def test_fine_tuning_on_other_images_does_not_take_the_old_result(net, images, tmp_path):
+    how = {"epochs": 1, "batch_size": 4, "x_val": images.pixels[:2], "y_val": images.labels[:2]}
+    train.finetune(net, images.pixels, images.labels, tmp_path, **how)
+    with pytest.raises(ValueError, match="another run"):
+        train.finetune(net, 255 - images.pixels, images.labels, tmp_path, **how)
+
+
+def test_a_captioner_learns_two_sentences_by_heart(make, profile, defense, images, tmp_path):
+    """Training and generation agree on where a caption begins and ends."""
+    torch.manual_seed(0)
+    some, sentences, fed = images[:2], ["a large red ring", "a small blue moon at the left"], []
+    captioner = make.new_captioner(sentences, profile, "cpu", width=32, layers=1, text_layers=1)
+    captioner.model.register_forward_pre_hook(lambda _, args, words: fed.append(words), with_kwargs=True)
+    train.train_captioner(captioner, some, sentences, tmp_path, teacher=defense.classifier, epochs=120, batch_size=2, lr=5e-3)
+    assert captioner(some.x) == sentences
+    begin, end = captioner.processor.tokenizer.convert_tokens_to_ids(["[DEC]", "[SEP]"])
+    for ids, mask, labels in zip(*(fed[0][name] for name in ("input_ids", "attention_mask", "labels"))):
+        assert ids[0] == begin and ids[mask.sum() - 1] == end
+        assert torch.equal(labels[mask == 1], ids[mask == 1]) and (labels[mask == 0] == -100).all()
+
+
+def test_the_vae_scales_its_latents_to_unit_variance(make, profile, tmp_path):
+    images = make.load_images("toy", "train", 8)
+    vae = make.new_vae(profile, channels=(8, 16), latent_channels=4)
+    train.train_vae(vae, images, tmp_path, epochs=1, batch_size=8)
+    with torch.no_grad():
+        z = vae.encode(2 * images.x - 1).latent_dist.mean * vae.config.scaling_factor
+    assert math.isclose(z.std(), 1, rel_tol=1e-3) and vae.config.scaling_factor != 0.18215
+
+
+def test_the_diffusion_model_learns_to_see_noise(purifier, images, tmp_path):
+    """Its error falls, and below 1, which is what predicting nothing costs; only the UNet and the text encoder move."""
+    p, noise, t = copy.deepcopy(purifier), torch.randn(8, 4, 8, 8, generator=generator("noise")), torch.arange(50, 450, 50)
+
+    @torch.no_grad()
+    def error():
+        z = p.scheduler.add_noise(p.vae.encode(2 * images.x - 1).latent_dist.mean * p.vae.config.scaling_factor, noise, t)
+        return (p.unet(z, t, p.embed(images.captions)).sample - noise).square().mean()
+
+    before = error()
+    train.train_diffusion(p, images, images.captions, tmp_path, epochs=30, batch_size=8, lr=0.01)
+    assert error() < 0.92 * min(1, before)
+    moved = [name for name in ("vae", "unet", "text_encoder")
+             if models.state_digest(getattr(p, name)) != models.state_digest(getattr(purifier, name))]
+    assert moved == ["unet", "text_encoder"]
+    assert not any(q.requires_grad for q in p.parameters()) and not p.unet.training
