@@ -29,15 +29,15 @@ RECIPES = {
                        "epochs": 2, "batch_size": 64, "augment": False},
         "captioner": {"width": 96, "layers": 4, "text_layers": 2, "epochs": 6},
         "vae": {"channels": (16, 32, 64), "latent_channels": 8, "epochs": 1.5},
-        "diffusion": {"channels": (48, 96), "text_width": 64, "epochs": 3},
+        "diffusion": {"channels": (48, 96), "text_width": 64, "epochs": 3, "cycles": 2},
     },
     "small": {
         "n": None, "flip": True,
         "classifier": {"depth": 16, "widen_factor": 2, "lr": 0.2, "optimizer": "sgd", "weight_decay": 5e-4,
                        "epochs": 10, "batch_size": 128, "augment": True, "small_epochs": 8},
-        "captioner": {"width": 128, "layers": 4, "text_layers": 2, "epochs": 2},
+        "captioner": {"width": 128, "layers": 4, "text_layers": 2, "epochs": 1.5},
         "vae": {"channels": (16, 32, 64), "latent_channels": 16, "epochs": 1},
-        "diffusion": {"channels": (48, 96), "text_width": 64, "epochs": 2},
+        "diffusion": {"channels": (48, 96), "text_width": 64, "epochs": 1},
     },
 }
 
@@ -138,12 +138,14 @@ def make_vae(profile, images, captions, work, out, device, flip=False, epochs=1,
     vae.half().save_pretrained(out / "diffusion" / "vae")
 
 
-def make_diffusion(profile, images, captions, work, out, device, flip=False, epochs=1, **sizes):
+def make_diffusion(profile, images, captions, work, out, device, flip=False, epochs=1, cycles=1, **sizes):
+    """`cycles` runs of `epochs` each, with the learning rate up and down again in each: more can be added to a trained model."""
     from diffusers import AutoencoderKL
     vae = AutoencoderKL.from_pretrained(out / "diffusion" / "vae", torch_dtype=torch.float32, low_cpu_mem_usage=False,
                                         local_files_only=True)
     purifier = new_diffusion(vae, captions, profile, device, **sizes)
-    train.train_diffusion(purifier, images, captions, work, epochs=epochs, flip=flip)
+    for cycle in range(cycles):
+        train.train_diffusion(purifier, images, captions, work / f"cycle{cycle}", epochs=epochs, flip=flip, seed=cycle)
     for name in ("unet", "text_encoder"):
         getattr(purifier, name).half().save_pretrained(out / "diffusion" / name)
     purifier.tokenizer.save_pretrained(out / "diffusion" / "tokenizer")
@@ -210,7 +212,8 @@ def main():
         flip = {} if name == "classifier" else {"flip": recipe["flip"]}
         work = HERE / "work" / args.profile / name
         PARTS[name](profile, images, captions, work, out, device, **flip, **recipe[name])
-        shutil.copy(work / "log.csv", out / f"{name}_curve.csv")
+        for log in work.rglob("log.csv"):
+            shutil.copy(log, out / f"{log.parent.relative_to(work.parent).as_posix().replace('/', '_')}_curve.csv")
         models.write_checksums(out)
     if "measure" in args.only:
         measure(profile, out, device)

@@ -120,7 +120,7 @@ SMALL = Profile(
     name="small", about="real CIFAR-10 images and small models trained on its train split: CPU or GPU",
     dataset="cifar10", captioner="checkpoints/small/captioner", diffusion="checkpoints/small/diffusion",
     classifier="checkpoints/small/classifier",
-    size=32, n_images=512, n_finetune=2048, n_validation=256,
+    size=32, n_images=512, n_finetune=1024, n_validation=256,
 )
 PAPER = Profile(
     name="paper", about="BLIP, Stable Diffusion v1.5 and RobustBench's WRN-28-10 on CIFAR-10: a GPU and the model hub",
