@@ -44,7 +44,7 @@ def style():
     import matplotlib.pyplot as plt
     import seaborn as sns
     sns.set_theme(context="notebook", style="ticks", palette="colorblind", rc={"axes.spines.top": False, "axes.spines.right": False})
-    plt.rcParams.update({"figure.dpi": 80, "savefig.dpi": 160, "savefig.bbox": "tight", "figure.constrained_layout.use": True})
+    plt.rcParams.update({"figure.dpi": 66, "savefig.dpi": 160, "savefig.bbox": "tight", "figure.constrained_layout.use": True})
 
 
 def save_figure(figure, folder, name):
