@@ -210,10 +210,11 @@ class LGAP(nn.Module):
     them it is keyed by the pixels, so that an image has the same result in any batch.
     """
 
-    def __init__(self, captioner, purifier, classifier, classes=None):
+    def __init__(self, captioner, purifier, classifier, classes=None, input_size=None):
         super().__init__()
         self.captioner, self.purifier, self.classifier = captioner, purifier, classifier
         self.classes = tuple(classes) if classes is not None else None
+        self.input_size = input_size        # pixels the classifier was made for; images of another size are resized to it
         for part in (captioner, purifier, classifier):
             if isinstance(part, nn.Module):
                 part.eval()
@@ -251,6 +252,7 @@ class LGAP(nn.Module):
         """Logits [n, classes] of images as they are, on the images' device; the classifier may be on another."""
         if getattr(self.classifier, "training", False):
             raise ValueError("classifier: it is in training mode, so its answers depend on the batch; call .eval() first")
+        x = x if self.input_size is None else resize(x, (self.input_size, self.input_size))
         weight = next(self.classifier.parameters(), None) if isinstance(self.classifier, nn.Module) else None
         logits = self.classifier(x if weight is None else x.to(weight.device, weight.dtype)).to(x.device)
         if logits.ndim != 2 or len(logits) != len(x) or (self.classes is not None and logits.shape[1] != len(self.classes)):

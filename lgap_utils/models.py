@@ -293,5 +293,5 @@ def load_defense(profile="toy", *, classifier=None, captioner=None, purifier=Non
                                   time_grid=p.time_grid, vae_sample=p.vae_sample, negative_prompt=p.negative_prompt)
     if classifier is None or isinstance(classifier, (str, Path)):
         classifier = load_classifier(str(classifier or p.classifier), device=device)
-    classes = {"toy": CLASSES, "cifar10": CIFAR10_CLASSES}[p.dataset]
-    return LGAP(captioner, purifier, classifier, classes)
+    classes, input_size = {"toy": (CLASSES, 32), "cifar10": (CIFAR10_CLASSES, 32)}[p.dataset]
+    return LGAP(captioner, purifier, classifier, classes, input_size)

@@ -13,6 +13,7 @@ from diffusers.pipelines.stable_diffusion import pipeline_stable_diffusion_img2i
 from PIL import Image
 from torch import nn
 
+from lgap_utils import models
 from lgap_utils.defense import LGAP, Trace, check_images, noise_schedule, read_image, resize
 from lgap_utils.keyed import Keys, generator
 
@@ -429,3 +430,9 @@ def test_a_file_that_is_no_image_is_named(tmp_path):
 def test_a_wrong_array_is_refused(array, says):
     with pytest.raises(ValueError, match=says):
         read_image(array)
+
+
+def test_an_image_of_any_size_goes_through_the_bundled_defence(tmp_path):
+    Image.new("RGB", (90, 70), (200, 40, 40)).save(tmp_path / "cat.png")
+    result = models.load_defense("toy").purify_one(tmp_path / "cat.png")
+    assert result.image.shape == (3, 70, 90) and result.logits.shape == (10,) and isinstance(result.caption, str)
