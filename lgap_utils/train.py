@@ -290,7 +290,8 @@ def train_vae(vae, images, folder, *, epochs, batch_size=16, lr=3e-3, kl=1e-6, f
 
 def train_diffusion(purifier, images, captions, folder, *, epochs, batch_size=64, lr=1e-3, drop=0.1, t_used=600,
                     flip=False, seed=0):
-    """Teach the UNet and its text encoder to predict the noise in the latents of captioned images.
+    """Teach the UNet and its text encoder to denoise the latents of captioned images: what the scheduler's configuration
+    calls `prediction_type`, the noise ("epsilon") or the latent itself ("sample").
 
     `drop` of the captions are empty, for guidance; five draws in six have a time below `t_used`, where purification is.
     """
@@ -316,7 +317,8 @@ def train_diffusion(purifier, images, captions, folder, *, epochs, batch_size=64
         t = (torch.rand(n, generator=rng) * torch.where(torch.rand(n, generator=rng) < 5 / 6, t_used, steps)).long().to(device)
         words = torch.where(torch.rand(n, 1, generator=rng) < drop, tokens[-1:], tokens[rows]).to(device)
         noisy = purifier.scheduler.add_noise(z, noise, t).contiguous(memory_format=torch.channels_last)
-        return F.mse_loss(unet(noisy, t, purifier.text_encoder(words).last_hidden_state).sample, noise)
+        target = {"epsilon": noise, "sample": z}[purifier.scheduler.config.prediction_type]
+        return F.mse_loss(unet(noisy, t, purifier.text_encoder(words).last_hidden_state).sample, target)
 
     rows = fit(nn.ModuleList([unet, purifier.text_encoder]), loss_of, n_steps=round(epochs * batches.per_epoch), lr=lr, folder=folder,
                weight_decay=0.01, warmup=0.05, clip=1.0, ema=0.999, seed=seed)
