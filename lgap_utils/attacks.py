@@ -1,59 +1,400 @@
-"""Attacks: an optimiser (`pgd`) and what the attacker sees of the defence (`blind`, `bpda`, or the defence itself).
+"""Attacks are a grid: an optimiser (`pgd`, `autoattack`, `square`) x a view of the defence (`blind`, `bpda`, `full`) x draws.
 
-An attack knows only a model, a callable from images in [0, 1] to logits; so any model and any view fit any attack.
+An optimiser knows only a model, a callable from images in [0, 1] to logits; so any model and any view fit any optimiser.
+A view of a random defence is a `View`: it is also told the keys of the noise to draw, any number of them for an image.
+`Attack` is one cell of the grid with all its numbers, and `ATTACKS` holds those of the paper's tables by name.
 """
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import logging
 import math
+import sys
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 
 from .defense import check_images
+from .keyed import seed_of
+
+# ---------------------------------------------------------------- views: what the attacker sees
 
 
-def blind(defense):
+def blind(defense, captions=None):
     """Preprocessor-blind view (paper section 4.1): the attacker sees the classifier and knows of no purification."""
     return defense.classify
 
 
-def bpda(defense, captions=None, keys=None):
+class View:
+    """The whole defence as a model of images *and* keys: view(x, keys) -> logits [len(keys), classes], image after image.
+
+    captions: {image index: text}, which freezes them; None takes them anew at every call, from the images as they are.
+    """
+
+    def __init__(self, defense, captions=None):
+        self.defense, self.captions = defense, captions
+
+    def purify(self, x, keys):
+        n_draws = len(keys) // len(x)
+        captions = None if self.captions is None else [self.captions[index] for index in keys.indices[::n_draws]]
+        return self.defense.purify(x, captions, keys)
+
+
+class bpda(View):  # noqa: N801 - views are named like functions, as they are used
     """BPDA view (Athalye et al. 2018): exact forward pass; backward as if purification were the identity."""
-    def model(x):
+
+    def __call__(self, x, keys):
         with torch.no_grad():
-            purified = defense.purify(x, captions, keys)
-        return defense.classify(x + (purified - x).detach())
-    return model
+            purified = self.purify(x, keys)
+        x = x.repeat_interleave(len(keys) // len(x), 0)
+        return self.defense.classify(x + (purified - x).detach())
 
 
-def pgd(model, x, y, *, eps, step_size, n_steps, keys=None, n_eot=1):
-    """L-inf projected gradient ascent on the cross-entropy (Madry et al. 2018): the last iterate, [n, 3, h, w] in [0, 1].
+class full(View):  # noqa: N801
+    """White-box view: the exact gradient through resize, VAE, every denoising step and VAE again.
 
-    x: images in [0, 1]; y: labels [n]; eps and step_size in pixels of [0, 1], so 8/255 and not 8. keys: a random start,
-    drawn for each image from its key; None starts at x. n_eot > 1 averages the gradient, not the logits, over calls.
-    Raises TypeError or ValueError for images, labels or numbers that cannot be meant.
+    The caption is a choice of words and has no gradient; it is frozen, or chosen anew at every step.
+    """
+
+    def __call__(self, x, keys):
+        return self.defense.classify(self.purify(x, keys))
+
+
+VIEWS = {"blind": blind, "bpda": bpda, "full": full}
+
+# ---------------------------------------------------------------- optimisers
+
+
+@dataclass
+class Record:
+    """What happened to each image of an attack: pass one in to have it filled, with one entry per image."""
+    broke_at: list = field(default_factory=list)        # the first iterate the attacker saw misclassified; -1: none
+    bad_gradients: list = field(default_factory=list)   # steps at which the gradient was zero everywhere, or not finite
+    flags: list = field(default_factory=list)           # AutoAttack's own warnings, as one string
+
+
+def pgd(model, x, y, *, eps, step_size, n_steps, keys=None, random_start=True, n_eot=1, average="gradient", any_step=False,
+        n_restarts=1, known_noise=False, batch_size=64, record=None, progress=None):
+    """L-inf projected gradient ascent on the cross-entropy (Madry et al. 2018): adversarial images [n, 3, h, w] in [0, 1].
+
+    x: images in [0, 1]; y: labels [n]; eps and step_size in pixels of [0, 1], so 8/255 and not 8. keys: one per image, for
+    a random start and for the draws of a `View`; without keys the start is x and the model must be a plain one.
+    n_eot: draws of the defence per step; average: "gradient" (mean gradient; the usual EOT), "logits" (gradient at the mean
+    logits) or "vote" (sign of the summed signs, as the authors' code has it). known_noise: the attacker's draws are the
+    defender's own, else they are fresh at each step. any_step: an image is given up as broken at the first iterate that
+    the attacker sees misclassified, and returned as it is there; else the last iterate counts. n_restarts: an image that
+    stands at the end begins anew. batch_size: draws per call of the model; no result depends on it.
+    progress(n): called with the number of steps done. Raises TypeError or ValueError for what cannot be meant.
+
+    Images do not march in step: each has its own step number, so one that leaves makes room for the next.
     """
     check_images(x)
     check_labels(y, len(x))
-    for name, value, low in (("eps", eps, 0), ("step_size", step_size, 0)):
-        if isinstance(value, (str, bool)) or not math.isfinite(value) or not low <= value <= 1:
+    for name, value in (("eps", eps), ("step_size", step_size)):
+        if isinstance(value, (str, bool)) or not math.isfinite(value) or not 0 <= value <= 1:
             raise ValueError(f"{name}={value!r}: expected a number in [0, 1], in units of the image, e.g. 8/255")
-    for name, value in (("n_steps", n_steps), ("n_eot", n_eot)):
+    for name, value in (("n_steps", n_steps), ("n_eot", n_eot), ("n_restarts", n_restarts), ("batch_size", batch_size)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name}={value!r}: expected a whole number of at least 1")
+    if average not in AVERAGES:
+        raise ValueError(f"no average {average!r}; choose from {list(AVERAGES)}")
+    if keys is None and isinstance(model, View):
+        raise ValueError("keys: a view of a random defence draws noise; expected one key per image")
+    if keys is not None and len(keys) != len(x):
+        raise ValueError(f"keys: got {len(keys)} for {len(x)} images, expected one each")
 
-    adv = x.clone()
-    if keys is not None:
-        adv = (x + eps * (2 * keys.uniform(x.shape[1:], "start").to(x) - 1)).clamp(0, 1)
-    for _ in range(n_steps):
-        adv.requires_grad_(True)
-        grad = torch.zeros_like(x)
-        for _ in range(n_eot):
-            loss = F.cross_entropy(model(adv), y.to(x.device), reduction="sum")
-            grad += torch.autograd.grad(loss, adv)[0]
-        adv = adv.detach() + step_size * grad.sign()
-        adv = (x + (adv - x).clamp(-eps, eps)).clamp(0, 1)
-    return adv.detach()
+    def start(rows, restart):
+        if keys is None or not random_start:
+            return x[rows]
+        noise = keys[rows].at([restart] * len(rows)).uniform(x.shape[1:], "start").to(x)
+        return (x[rows] + eps * (2 * noise - 1)).clamp(0, 1)
+
+    adv, step, restart = start(range(len(x)), 0).clone(), [0] * len(x), [0] * len(x)
+    broke_at, bad_gradients = [-1] * len(x), [0] * len(x)
+    looks_at_last = any_step or n_restarts > 1          # the last iterate is classified too, though no step follows
+    live = list(range(len(x)))
+    while live:
+        rows = live[:max(1, batch_size // n_eot)]
+        draws = None
+        if keys is not None:
+            steps = [0] * len(rows) if known_noise else [restart[i] * n_steps + step[i] for i in rows]
+            draws = keys[rows].at(steps, n_eot, "defence" if known_noise else None)
+        grad, right = gradient(model, adv[rows], y[rows].to(x.device), draws, n_eot, average, batch_size)
+        norm = grad.flatten(1).abs().sum(1)
+        bad = (norm == 0) | ~torch.isfinite(norm)
+        moved = adv[rows] + step_size * grad.nan_to_num(0, 0, 0).sign()
+        moved = (x[rows] + (moved - x[rows]).clamp(-eps, eps)).clamp(0, 1)
+        for k, i in enumerate(rows):
+            if broke_at[i] < 0 and not right[k]:
+                broke_at[i] = restart[i] * n_steps + step[i]
+            bad_gradients[i] += bool(bad[k])
+            done = any_step and not right[k]
+            if not done and step[i] < n_steps:
+                adv[i], step[i] = moved[k], step[i] + 1
+                done = step[i] == n_steps and not looks_at_last
+            elif not done:                              # the last look: an image that still stands may begin anew
+                done = not right[k] or restart[i] + 1 == n_restarts
+                if not done:
+                    restart[i], step[i] = restart[i] + 1, 0
+                    adv[i] = start([i], restart[i])[0]
+            if done:
+                live.remove(i)
+        if progress:
+            progress(len(rows))
+    if record is not None:
+        record.broke_at, record.bad_gradients, record.flags = broke_at, bad_gradients, [""] * len(x)
+    return adv
+
+
+AVERAGES = ("gradient", "logits", "vote")
+
+
+def gradient(model, x, y, keys=None, n_eot=1, average="gradient", batch_size=64):
+    """Gradient of the cross-entropy at x [n, 3, h, w], and whether the mean logits over the draws are still right [n].
+
+    keys: n_eot for each image, image after image. A plain model is asked once: it has nothing to average.
+    """
+    def ask(x, keys):
+        return model(x, keys) if isinstance(model, View) else model(x)
+
+    n_eot = n_eot if isinstance(model, View) else 1
+    apart = average == "vote" and n_eot > 1             # a gradient for each draw, not their sum
+    group = n_eot if average == "logits" else min(n_eot, batch_size)
+    grad, logits = torch.zeros_like(x), 0
+    for first in range(0, n_eot, group):
+        n = min(group, n_eot - first)
+        part = keys and keys[[i * n_eot + first + d for i in range(len(x)) for d in range(n)]]
+        leaf = (x.repeat_interleave(n, 0) if apart else x).detach().requires_grad_(True)
+        out = ask(leaf, part)
+        draws = out.view(len(x), n, -1)
+        if average == "logits":
+            loss = F.cross_entropy(draws.mean(1), y, reduction="sum")
+        else:
+            loss = F.cross_entropy(out, y.repeat_interleave(n), reduction="sum") / (1 if apart else n_eot)
+        (g,) = torch.autograd.grad(loss, leaf)
+        grad += g.view(len(x), n, *x.shape[1:]).sign().sum(1) if apart else g
+        logits = logits + draws.detach().sum(1)
+    return grad, (logits.argmax(1) == y).tolist()
+
+
+class Query:
+    """A `View` of one image as a plain model: each call draws afresh, keyed by the call's number. For foreign attacks."""
+
+    def __init__(self, view, key):
+        self.view, self.key, self.calls = view, key, 0
+
+    def __call__(self, x):
+        keys = self.key[[0] * len(x)].at([self.calls] * len(x))
+        for draw, row in enumerate(keys.rows):          # the copies of the image differ in their draw
+            keys.rows[draw] = (*row[:4], draw)
+        self.calls += 1
+        return self.view(x, keys)
+
+
+class _Warnings(logging.Handler):
+    """Keeps what AutoAttack warns of."""
+
+    def __init__(self):
+        super().__init__(logging.WARNING)
+        self.seen = []
+
+    def emit(self, message):
+        self.seen.append(message.getMessage().split(" See ")[0])
+
+
+@contextlib.contextmanager
+def _isolated():
+    """pyautoattack counts calls in a module-wide table, seeds torch's global generator and takes over the process's trace
+    function: all three are as before afterwards, so that a model's flags are its own. Yields the list of its warnings."""
+    from pyautoattack import checks
+    logger, handler, tracer = logging.getLogger("auto-attack"), _Warnings(), sys.gettrace()
+    level, propagate = logger.level, logger.propagate
+    checks.funcs.update(dict.fromkeys(checks.funcs, 0))
+    logger.addHandler(handler)
+    logger.setLevel(logging.WARNING)
+    logger.propagate = False
+    try:
+        with torch.random.fork_rng():
+            yield handler.seen
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        logger.propagate = propagate
+        checks.funcs.update(dict.fromkeys(checks.funcs, 0))
+        sys.settrace(tracer)
+
+
+def autoattack(model, x, y, *, eps, keys, version="standard", attacks=None, n_queries=5000, n_steps=100, n_eot=20, record=None,
+               progress=None):
+    """AutoAttack (Croce and Hein 2020) through pyautoattack, one image at a time: adversarial images [n, 3, h, w].
+
+    version: "standard"; "rand" for a random defence (APGD-CE and APGD-DLR with n_eot draws a step); "custom" with `attacks`,
+    e.g. ("square",) with `n_queries`. One image at a time, seeded by its key: the library draws for a batch as a whole, and
+    its results would depend on who shares it. Where the model is a `View` each call draws fresh noise, and the point of the
+    highest loss is returned whether or not the library's last single draw was fooled; scoring is the evaluation's.
+    n_steps, n_eot: APGD's; 100 and 20 are AutoAttack's own. Raises ValueError for an unknown version.
+    """
+    from pyautoattack import AutoAttack, checks
+    if version not in ("standard", "rand", "custom"):
+        raise ValueError(f"no AutoAttack version {version!r}; choose from ['custom', 'rand', 'standard']")
+    check_images(x)
+    check_labels(y, len(x))
+    out, flags = x.clone(), []
+    for i in range(len(x)):
+        one, label, key = x[i:i + 1], y[i:i + 1].to(x.device), keys[[i]]
+        random = isinstance(model, View)
+        plain = Query(model, key) if random else model
+        with _isolated() as seen:
+            library = AutoAttack(plain, eps=eps, version=version, attacks=list(attacks) if attacks else None, device=x.device,
+                                 seed=seed_of(*key.rows[0]) % 2 ** 32)
+            for part in (library.apgd, library.apgd_targeted):
+                part.n_iter = part.n_iter_orig = n_steps
+            library.apgd.eot_iter = n_eot if version == "rand" else 1
+            library.square.n_queries = n_queries
+            if random and version != "standard":
+                checks.check_range_output(plain, one, logger=library.logger)
+                checks.check_dynamic(plain, one, logger=library.logger)
+                out[i] = _strongest(library, model, one, label, key, n_eot)
+            else:
+                out[i] = library.run_standard_evaluation(one, label, batch_size=1)[0][0]
+        flags.append("; ".join(dict.fromkeys(seen)))
+        if progress:
+            progress(1)
+    if record is not None:
+        record.flags, record.bad_gradients = flags, [int("zero gradient" in f) for f in flags]
+        record.broke_at = [-1] * len(x)
+    return out
+
+
+def _strongest(library, view, one, label, key, n_eot):
+    """Of the points that the library's attacks end at, the one with the highest mean loss over fresh draws. Its own
+    evaluation asks a random defence once, and hands back the clean image where that one answer is right."""
+    points = []
+    for name in library.attacks_to_run:
+        torch.manual_seed(library.seed)
+        if name == "square":
+            library.square.init_hyperparam(one)
+            points.append(library.square.attack_single_run(one, label)[1])
+        elif name in ("apgd-ce", "apgd-dlr"):
+            library.apgd.loss = name.removeprefix("apgd-")
+            points.append(library.apgd.perturb(one, label, best_loss=True))
+        else:
+            raise ValueError(f"attacks: {name!r} is not made for a random defence; choose from ['apgd-ce', 'apgd-dlr', 'square']")
+
+    def loss(point):
+        with torch.no_grad():
+            logits = view(point, key.at([10 ** 6], n_eot))      # a step number that no query reaches
+        return F.cross_entropy(logits, label.expand(len(logits))).item()
+    return max(points, key=loss)[0]
+
+
+# ---------------------------------------------------------------- one cell of the grid, and the paper's
+
+
+@dataclass(frozen=True)
+class Attack:
+    """One cell of the grid, all numbers included; attack(defense, x, y, keys) -> adversarial images [n, 3, h, w]."""
+    name: str                           # what a table calls it
+    optimiser: str = "pgd"              # "none", "pgd", "autoattack" or "square"
+    view: str = "blind"                 # what the attacker sees: "blind", "bpda" or "full"
+    eps_255: float = 8                  # L-inf radius in 1/255
+    step_size_255: float = 2            # paper silent: Yoon et al.'s step
+    n_steps: int = 40                   # for "square": queries
+    n_eot: int = 1                      # paper silent: draws of the defence per step
+    average: str = "gradient"           # paper silent: over the draws; "gradient", "logits" or "vote"
+    random_start: bool = True           # paper silent
+    known_noise: bool = False           # the attacker's draws are the defender's
+    captions: str = "anew"              # paper silent: "anew" at every step, or those of the "clean" image throughout
+    any_step: bool = False              # paper silent: broken at any iterate, or judged at the last
+    n_restarts: int = 1                 # paper silent
+    version: str = "standard"           # AutoAttack's
+
+    def __post_init__(self):
+        choices = {"optimiser": ("none", "pgd", "autoattack", "square"), "view": tuple(VIEWS), "average": AVERAGES,
+                   "captions": ("anew", "clean"), "version": ("standard", "rand")}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r}: choose from {list(allowed)}")
+
+    @property
+    def success(self):
+        """What counts as broken, in words."""
+        return "any step" if self.any_step else "last iterate"
+
+    def settings(self):
+        """The numbers that define the attack, by name."""
+        return dataclasses.asdict(self)
+
+    def describe(self):
+        """The protocol in a line, for a table."""
+        if self.optimiser == "none":
+            return "no attack"
+        what = {"pgd": f"PGD-{self.n_steps}, step {self.step_size_255:g}/255", "autoattack": f"AutoAttack {self.version}",
+                "square": f"Square, {self.n_steps} queries"}[self.optimiser]
+        extras = []
+        if self.optimiser == "pgd":
+            if self.view != "blind":
+                draws = "1 draw" if self.n_eot == 1 else f"{self.n_eot} draws, " + ("vote of signs" if self.average == "vote" else f"mean {self.average}")
+                extras += [draws + (", the defender's own" if self.known_noise else "")]
+            extras += ["random start"] * self.random_start + [f"{self.n_restarts} restarts"] * (self.n_restarts > 1) + [self.success]
+        if self.view != "blind":
+            extras += [{"anew": "captions anew", "clean": "caption of the clean image"}[self.captions]]
+        return "; ".join([what, f"eps {self.eps_255:g}/255", self.view, *extras])
+
+    def purifications(self):
+        """(forward only, with a gradient) for one image; the defence's share of the attack's cost. An upper bound if any_step."""
+        if self.view == "blind" or self.optimiser == "none":
+            return 0, 0
+        asked = {"pgd": self.n_steps * self.n_restarts * self.n_eot, "square": self.n_steps, "autoattack": 200 * self.n_eot}[self.optimiser]
+        return (0, asked) if self.view == "full" and self.optimiser != "square" else (asked, 0)
+
+    def __call__(self, defense, x, y, keys, batch_size=64, record=None, progress=None):
+        if self.optimiser == "none":
+            if record is not None:
+                record.broke_at, record.bad_gradients, record.flags = [-1] * len(x), [0] * len(x), [""] * len(x)
+            return x
+        captions = None
+        if self.captions == "clean" and self.view != "blind":
+            captions = dict(zip(keys.indices, defense.caption(x)))
+        model, shared = VIEWS[self.view](defense, captions), {"eps": self.eps_255 / 255, "keys": keys, "record": record, "progress": progress}
+        if self.optimiser == "pgd":
+            return pgd(model, x, y, step_size=self.step_size_255 / 255, n_steps=self.n_steps, n_eot=self.n_eot, average=self.average,
+                       random_start=self.random_start, known_noise=self.known_noise, any_step=self.any_step,
+                       n_restarts=self.n_restarts, batch_size=batch_size, **shared)
+        if self.optimiser == "square":
+            return autoattack(model, x, y, version="custom", attacks=("square",), n_queries=self.n_steps, **shared)
+        return autoattack(model, x, y, version=self.version, n_eot=self.n_eot, **shared)
+
+
+NATURAL = Attack("natural", optimiser="none", eps_255=0)
+ATTACKS = {attack.name: attack for attack in (
+    # Tables 1 and 2: preprocessor-blind PGD, Yoon et al.'s clf_pgd
+    Attack("blind PGD-40"),
+    # Table 3
+    Attack("BPDA-40", view="bpda"),
+    Attack("BPDA-40+EOT", view="bpda", n_eot=15, random_start=False),           # paper silent: 15 draws, as Yoon et al. have
+    Attack("BPDA-40+EOT (authors' vote)", view="bpda", n_eot=15, random_start=False, average="vote"),
+    Attack("BPDA-50+EOT (Hill)", view="bpda", n_steps=50, n_eot=15, average="logits", any_step=True),
+    # Table 4; AutoAttack is run on the bare classifier, as the authors' code does: a transfer attack
+    Attack("AutoAttack", optimiser="autoattack"),
+    Attack("PGD-10", n_steps=10),
+    # beyond the paper: what an attacker does who sees the whole defence
+    Attack("PGD-20+EOT, full gradient", view="full", n_steps=20, n_eot=5),
+    Attack("PGD-20+EOT, full gradient, clean caption", view="full", n_steps=20, n_eot=5, captions="clean"),
+    Attack("PGD-20, full gradient, known noise", view="full", n_steps=20, known_noise=True),
+    Attack("Square", optimiser="square", view="full", n_steps=100),
+)}
+
+
+def get_attack(name, **overrides):
+    """The named attack with some fields replaced. Raises ValueError, with the choices, for an unknown name or field."""
+    if name not in ATTACKS:
+        raise ValueError(f"no attack {name!r}; choose from {list(ATTACKS)}")
+    if unknown := sorted(set(overrides) - {f.name for f in dataclasses.fields(Attack)}):
+        raise ValueError(f"an attack has no field {', '.join(unknown)}; choose from {[f.name for f in dataclasses.fields(Attack)]}")
+    return dataclasses.replace(ATTACKS[name], **overrides)
 
 
 def check_labels(y, n):

@@ -1,25 +1,71 @@
 """Images in [0, 1], labels and stable indices; every data set returns the same thing.
 
-`toy` is drawn by toy.py; CIFAR-10 is read from the hub's parquet layout, in a folder or from the hub.
+`toy` is drawn by toy.py; CIFAR-10 and CIFAR-100 are read from the hub's parquet layout, in a folder or from the hub; ImageNet from
+class folders, else from the hub's gated parquet shards.
 """
 from __future__ import annotations
 
+import functools
 import hashlib
+import importlib.util
 import io
+import json
+import re
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from . import toy
-from .profiles import cache_root, data_root
+from .profiles import ROOT, cache_root, data_root
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+CIFAR100_CLASSES = tuple("""
+    apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can castle caterpillar
+    cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin elephant flatfish forest fox girl
+    hamster house kangaroo keyboard lamp lawn_mower leopard lion lizard lobster man maple_tree motorcycle mountain mouse mushroom
+    oak_tree orange orchid otter palm_tree pear pickup_truck pine_tree plain plate poppy porcupine possum rabbit raccoon ray road
+    rocket rose sea seal shark shrew skunk skyscraper snail snake spider squirrel streetcar sunflower sweet_pepper table tank
+    telephone television tiger tractor train trout tulip turtle wardrobe whale willow_tree wolf woman worm""".split())
 # Words that name a class in a caption beside its own name.
 SYNONYMS = {"airplane": ("plane", "aircraft", "jet", "airliner"), "automobile": ("car", "sedan", "vehicle"),
             "bird": ("birds",), "cat": ("kitten",), "deer": ("doe", "stag"), "dog": ("puppy",), "frog": ("toad",),
-            "horse": ("pony",), "ship": ("boat",), "truck": ("lorry",)}
-CIFAR10_REVISION = "0b2714987fa478483af9968de7c934580d0bb9a2"
+            "horse": ("pony",), "ship": ("boat",), "truck": ("lorry",),
+            "aquarium_fish": ("goldfish",), "baby": ("infant",), "bicycle": ("bike",), "cattle": ("cow", "cows", "bull"),
+            "chimpanzee": ("chimp",), "cockroach": ("roach",), "couch": ("sofa",), "forest": ("woods",), "lawn_mower": ("lawnmower",),
+            "motorcycle": ("motorbike",), "pickup_truck": ("pickup",), "possum": ("opossum",), "road": ("street", "highway"),
+            "sea": ("ocean",), "streetcar": ("tram", "trolley"), "sweet_pepper": ("bell pepper", "bell peppers"),
+            "telephone": ("phone",), "television": ("tv",)}
+
+
+@dataclass(frozen=True)
+class Cifar:
+    """One of the two CIFARs on the hub."""
+    repository: str
+    revision: str
+    file: str               # with {} for train or test
+    label: str
+    classes: tuple
+    sha256: dict            # of the files at that revision
+
+
+CIFARS = {
+    "cifar10": Cifar("uoft-cs/cifar10", "0b2714987fa478483af9968de7c934580d0bb9a2", "plain_text/{}-00000-of-00001.parquet", "label",
+                     CIFAR10_CLASSES, {"train": "8428b53a88a11ac374111006708df51469e315a22ac6d66470afd9c78d2ae883",
+                                       "test": "841389e6f2d64f28bf17310e430aebac20ec3ba611a3c5e231dc93c645ce84de"}),
+    "cifar100": Cifar("uoft-cs/cifar100", "aadb3af77e9048adbea6b47c21a81e47dd092ae5", "cifar100/{}-00000-of-00001.parquet", "fine_label",
+                      CIFAR100_CLASSES, {"train": "694865d6b990e234804f01268586c41e88bcbbb75e20858432c05ad4081aca23",
+                                         "test": "98776c529bb146a9c791229df74a5cf076be9b43d82dbbd334b6a7788d73dc68"}),
+}
+IMAGENET, IMAGENET_REVISION = "ILSVRC/imagenet-1k", "49e2ee26f3810fb5a7536bbf732a7b07389a47b5"
+# paper silent: its 2048 images are not named; these are the first 2048 of the 5000 that RobustBench evaluates on, in its order.
+IMAGENET_IDS = ROOT / "paper" / "imagenet_2048.txt"
+IMAGENET_MOST = 10_000      # images of 224 x 224 to hold without being asked for so many: 1.5 GB
+
+# What `validate` expects: the size of each part, and the labels of test rows 0 to 3.
+COUNTS = {name: {"train": 49_000, "validation": 1000, "test": 10_000} for name in CIFARS} | {"imagenet": {"test": 2048}}
+FIRST_LABELS = {"cifar10": (3, 8, 8, 0), "cifar100": (49, 33, 72, 51), "imagenet": (979, 441, 980, 737)}
 
 
 @dataclass(frozen=True)
@@ -46,12 +92,15 @@ class Images:
 
 
 def load_images(dataset, split, n=None, start=0):
-    """Rows start .. start + n - 1 of a split ("train", "validation" or "test") of "toy" or "cifar10".
+    """Rows start .. start + n - 1 of a split ("train", "validation" or "test") of "toy", "cifar10", "cifar100" or "imagenet".
 
-    n None means all of a finite data set. CIFAR-10's validation part is every 50th row of the train split, and is left
-    out of "train". Raises ValueError for unknown names and for rows that do not exist, FileNotFoundError for missing data.
+    n None means all of a finite data set. A CIFAR's validation part is every 50th row of the train split, and is left out of "train".
+    ImageNet has only "test": rows of the list paper/imagenet_2048.txt where LGAP_DATA/imagenet/val holds all of these (or the hub is
+    reached), else of all images below it, sorted by relative path; `source` says which. Its pixels are resized to a short side of 256
+    and cropped to 224 x 224, as RobustBench does; its class names are comma-separated alternatives ("great white shark, white shark").
+    Raises ValueError for unknown names, for rows that do not exist and for files of another kind, FileNotFoundError for missing data.
     """
-    readers = {"toy": _toy, "cifar10": _cifar10}
+    readers = {"toy": _toy, "imagenet": _imagenet} | {name: functools.partial(_cifar, name) for name in CIFARS}
     if dataset not in readers:
         raise ValueError(f"no data set {dataset!r}; choose from {sorted(readers)}")
     if split not in toy.SPLITS:
@@ -69,54 +118,211 @@ def _toy(split, n, start):
                   torch.arange(start, start + n), toy.CLASSES, captions, "drawn by lgap_utils/toy.py")
 
 
-def _cifar10(split, n, start):
+# ---------------------------------------------------------------- CIFAR-10 and CIFAR-100
+
+def _cifar(dataset, split, n, start):
     import pandas as pd
-    from PIL import Image
-    file = _hub_file("cifar10", "uoft-cs/cifar10", CIFAR10_REVISION,
-                     f"plain_text/{'test' if split == 'test' else 'train'}-00000-of-00001.parquet")
+    cifar = CIFARS[dataset]
+    (file,) = _hub_files(dataset, cifar.repository, cifar.revision, cifar.file.format("test" if split == "test" else "train"))
     try:
-        table = pd.read_parquet(file, columns=["img", "label"])
+        table = pd.read_parquet(file, columns=["img", cifar.label])
     except Exception as error:
-        raise ValueError(f"{file}: not a parquet file with the columns img and label ({type(error).__name__})") from error
+        raise ValueError(f"{file}: not a parquet file with the columns img and {cifar.label} ({type(error).__name__})") from error
     rows = np.arange(len(table))
     if split != "test":
         rows = rows[(rows % 50 == 7) == (split == "validation")]
-    rows = rows[start:None if n is None else start + n]
-    if len(rows) == 0 or (n is not None and len(rows) < n):
-        raise ValueError(f"cifar10 {split}: asked for rows {start} to {start + (n or 1) - 1}, the split ends before that")
-    decode = lambda cell: np.asarray(Image.open(io.BytesIO(cell["bytes"])).convert("RGB"))
-    labels = torch.from_numpy(table["label"].to_numpy()[rows].astype(np.int64))
-    try:
-        pixels = torch.from_numpy(np.stack([decode(cell) for cell in table["img"].iloc[rows]])).permute(0, 3, 1, 2).contiguous()
-    except (KeyError, OSError, TypeError, ValueError) as error:
-        raise ValueError(f"{file}: an image cannot be decoded ({error})") from error
-    if pixels.shape[1:] != (3, 32, 32) or labels.min() < 0 or labels.max() > 9:
-        raise ValueError(f"{file}: expected 32 x 32 colour images with labels 0 to 9")
+    rows = _part(rows, f"{dataset} {split}", n, start)
+    labels = table[cifar.label].to_numpy()[rows]
+    if labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() >= len(cifar.classes):
+        raise ValueError(f"{file}: expected whole numbers from 0 to {len(cifar.classes) - 1} in the column {cifar.label}")
+    pixels, _ = _decode([(f"{file}, row {i}", lambda cell=cell: cell["bytes"]) for i, cell in zip(rows, table["img"].iloc[rows])], 32)
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
-    return Images(pixels, labels, torch.from_numpy(rows.astype(np.int64)), CIFAR10_CLASSES, None, f"{file.name} sha256 {digest}")
+    return Images(pixels, torch.from_numpy(labels.astype(np.int64)), torch.from_numpy(rows.astype(np.int64)), cifar.classes, None,
+                  f"{file.name} sha256 {digest}")
 
 
-def _hub_file(folder, repository, revision, name):
-    """`name` below LGAP_DATA/folder where that folder is, else from the hub at a fixed revision."""
-    root = data_root() / folder
-    if (root / name).is_file():
-        return root / name
-    if root.is_dir():
-        raise FileNotFoundError(f"{root / name} is missing; expected the layout of the hub data set {repository}")
-    from pathlib import Path
+# ---------------------------------------------------------------- ImageNet
 
-    from huggingface_hub import hf_hub_download
+@functools.cache
+def imagenet_classes():
+    """({WordNet id: label} of the 1000 classes, their names in the order of labels), from the packages that ship them.
+
+    A name is what WordNet has, alternatives separated by commas; two classes share the name "crane". Where the names are not
+    installed, the ids stand for them. Raises FileNotFoundError where the labels are not.
+    """
+    labels = json.loads(_packaged("robustbench", "helper_files/imagenet_class_to_id_map.json"))
     try:
-        return Path(hf_hub_download(repository, name, repo_type="dataset", revision=revision, cache_dir=cache_root()))
+        names = dict(line.split("\t") for line in _packaged("timm", "data/_info/imagenet_synset_to_lemma.txt").splitlines())
+    except FileNotFoundError:
+        names = {}
+    return labels, tuple(names.get(wnid, wnid) for wnid in sorted(labels, key=labels.get))
+
+
+def _packaged(package, name):
+    """Text of a file in an installed package, found without importing it: robustbench needs `autoattack` to import."""
+    spec = importlib.util.find_spec(package)
+    for folder in spec.submodule_search_locations if spec else ():
+        if (file := Path(folder, name)).is_file():
+            return file.read_text()
+    raise FileNotFoundError(f"{name} of the package {package} is not installed; pip install -r requirements.txt brings it in")
+
+
+def imagenet_ids():
+    """The 2048 images of Table 4, each as "wnid/file name"."""
+    return [line for line in IMAGENET_IDS.read_text().split("\n") if line and not line.startswith("#")]
+
+
+def _imagenet(split, n, start):
+    from torchvision import transforms
+    if split != "test":
+        raise ValueError(f"imagenet has no split {split!r} here, only 'test': the paper trains nothing on it")
+    labels, classes = imagenet_classes()
+    folder, names = data_root() / "imagenet" / "val", imagenet_ids()
+    source = f"the {len(names)} images of paper/{IMAGENET_IDS.name}"
+    if folder.is_dir():
+        there = _imagenet_folder(folder, labels)
+        if missing := len(set(names).difference(there)):
+            source = f"all {len(there)} images in imagenet/val by path, for {missing} of paper/{IMAGENET_IDS.name} are missing"
+            names = there
+        if n is None and len(names) > IMAGENET_MOST:
+            raise ValueError(f"{folder} holds {len(names)} images, too many at once; say how many, n=...")
+        names = _part(names, "imagenet test", n, start)
+        images = [(folder / name, (folder / name).read_bytes) for name in names]
+    else:
+        names = _part(names, "imagenet test", n, start)
+        images = _imagenet_shards(names, labels)
+    crop = transforms.Compose([transforms.Resize(256), transforms.CenterCrop(224)])     # RobustBench's Res256Crop224: bilinear
+    pixels, digest = _decode(images, 224, crop)
+    indices = torch.arange(start, start + len(names))
+    return Images(pixels, torch.tensor([labels[name.split("/")[0]] for name in names]), indices, classes, None,
+                  f"{source}; rows {start} to {indices[-1]} sha256 {digest}")
+
+
+def _imagenet_folder(folder, labels):
+    """"wnid/file name" of all images, sorted."""
+    kinds = [p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")]
+    if not kinds:
+        raise ValueError(f"{folder} holds no class folder; expected one per WordNet id, e.g. n01440764/ILSVRC2012_val_00000293.JPEG")
+    if strange := sorted(p.name for p in kinds if p.name not in labels):
+        raise ValueError(f"{folder / strange[0]} is named like none of the 1000 classes; expected a WordNet id, e.g. n01440764")
+    files = {p.name: [f.name for f in p.iterdir() if f.suffix.lower() in (".jpeg", ".jpg") and not f.name.startswith(".")] for p in kinds}
+    if empty := sorted(kind for kind, found in files.items() if not found):
+        raise ValueError(f"{folder / empty[0]} holds no image; expected *.JPEG in it, or no such folder")
+    return sorted(f"{kind}/{name}" for kind, found in files.items() for name in found)
+
+
+def _imagenet_shards(names, labels):
+    """[(name, read)] of the named images in the hub's parquet shards, whose rows know their file names and labels."""
+    import pyarrow.parquet as pq
+    shards = _hub_files("imagenet", IMAGENET, IMAGENET_REVISION, "data/validation-*.parquet",
+                        "imagenet/val/<wnid>/*.JPEG; the hub's copy is gated: accept its terms there and log in")
+    folder, number, found = shards[0].parent, re.compile(r"ILSVRC2012_val_\d{8}"), {}
+    wanted = {number.search(name)[0]: name for name in names}
+    for shard in shards:
+        try:
+            for batch in pq.ParquetFile(shard).iter_batches(256, columns=["image", "label"]):
+                paths, images = (batch.column("image").field(part) for part in ("path", "bytes"))
+                for path, data, label in zip(paths.to_pylist(), images, batch.column("label").to_pylist()):
+                    if (match := number.search(path or "")) and match[0] in wanted:
+                        found[wanted[match[0]]] = data.as_py(), label
+        except Exception as error:
+            raise ValueError(f"{shard}: not a parquet file of image {{bytes, path}} and label ({type(error).__name__})") from error
+    for name in names:
+        if name not in found:
+            raise ValueError(f"{folder}: {name} is in none of {len(shards)} shards; expected all of {IMAGENET}'s validation split")
+        if found[name][1] != labels[name.split("/")[0]]:
+            raise ValueError(f"{folder}: {name} has the label {found[name][1]}, expected {labels[name.split('/')[0]]}")
+    return [(f"{folder}, {name}", lambda data=found[name][0]: data) for name in names]
+
+
+# ---------------------------------------------------------------- files
+
+def _part(rows, what, n, start):
+    """rows[start : start + n], all of them."""
+    if len(rows) < start + (n or 1):
+        raise ValueError(f"{what}: asked for rows {start} to {start + (n or 1) - 1}, the split ends before that: it has {len(rows)}")
+    return rows[start:None if n is None else start + n]
+
+
+def _decode(images, size, prepare=lambda image: image):
+    """uint8 [n, 3, size, size], and the sha256 of all that was read, of [(name, read)] where read() gives an encoded image."""
+    from PIL import Image
+    pixels, digest = torch.empty(len(images), 3, size, size, dtype=torch.uint8), hashlib.sha256()
+    for row, (name, read) in zip(pixels, images):
+        try:
+            data = read()
+            with Image.open(io.BytesIO(data)) as image:
+                image = prepare(image.convert("RGB"))
+        except Exception as error:      # a decoder raises many kinds; all mean the same to the user
+            raise ValueError(f"{name}: an image cannot be decoded ({type(error).__name__}); fetch the file again") from error
+        if image.size != (size, size):
+            raise ValueError(f"{name}: expected an image of {size} x {size} pixels, got {image.width} x {image.height}")
+        row.copy_(torch.from_numpy(np.array(image)).permute(2, 0, 1))
+        digest.update(data)
+    return pixels, digest.hexdigest()
+
+
+def _hub_files(folder, repository, revision, pattern, instead=None):
+    """The files `pattern` below LGAP_DATA/folder where that folder is, else from the hub at a fixed revision."""
+    root = data_root() / folder
+    if files := sorted(root.glob(pattern)):
+        return files
+    if root.is_dir():
+        raise FileNotFoundError(f"{root / pattern} is missing; expected the layout of the hub data set {repository}"
+                                + (f", or {instead}" if instead else ""))
+    from huggingface_hub import snapshot_download
+    why = "not in its cached copy"
+    try:
+        files = sorted(Path(snapshot_download(repository, repo_type="dataset", revision=revision, cache_dir=cache_root(),
+                                              allow_patterns=pattern)).glob(pattern))
     except Exception as error:  # the hub's client raises many kinds; all mean the same to the user
-        raise FileNotFoundError(f"{repository} is neither in {root} nor could be fetched from the hub "
-                                f"({type(error).__name__}); set LGAP_DATA to a folder that holds {folder}/{name}") from None
+        why = type(error).__name__
+    if not files:
+        raise FileNotFoundError(f"{repository} is neither in {root} nor could be fetched from the hub ({why}); "
+                                f"set LGAP_DATA to a folder that holds {instead or f'{folder}/{pattern}'}")
+    return files
+
+
+def validate(dataset):
+    """[(what, ok, detail)]: whether each image of a data set can be read, and whether they are the ones that the paper measures on.
+
+    What is wrong with the data is a line that is not ok; only an unknown name raises, ValueError. A folder of a user's own is taken
+    as it is: that its checksum is not the hub's is said, and ok. Everything is read, which takes a minute or so.
+    """
+    if dataset == "toy":
+        return [("toy", True, "drawn by the code: nothing to check")]
+    if dataset not in COUNTS:
+        raise ValueError(f"no data set {dataset!r}; choose from {sorted([*COUNTS, 'toy'])}")
+    checks = []
+    for split, count in COUNTS[dataset].items():
+        what = f"{dataset} {split}"
+        try:
+            images = load_images(dataset, split)
+        except (FileNotFoundError, ValueError) as error:
+            checks.append((f"{what}: images", False, str(error)))
+            continue
+        checks.append((f"{what}: images", len(images) == count, f"{len(images)}, expected {count}"))
+        if split == "test":
+            first, expected = tuple(images.labels[:4].tolist()), FIRST_LABELS[dataset]
+            checks.append((f"{what}: first labels", first == expected, f"{first}, expected {expected}"))
+        known = CIFARS[dataset].sha256["test" if split == "test" else "train"] if dataset in CIFARS else images.source
+        checks.append((f"{what}: files", True, images.source + ("" if known in images.source else ", other files than the hub's")))
+    return checks
+
+
+# ---------------------------------------------------------------- words
+
+def _words(text):
+    return " ".join("".join(c if c.isalpha() else " " for c in text.lower()).split())
 
 
 def names_class(caption, class_name):
-    """Whether the caption holds the class's name or one of its synonyms as a word."""
-    words = set("".join(c if c.isalpha() else " " for c in caption.lower()).split())
-    return bool(words & {class_name, *SYNONYMS.get(class_name, ())})
+    """Whether the caption holds, as whole words in a row, the class's name, one of its alternatives or one of its synonyms.
+
+    Alternatives are separated by commas, words by spaces, hyphens or underscores: "aquarium_fish", "great white shark, white shark".
+    """
+    caption, names = f" {_words(caption)} ", map(_words, (*class_name.split(","), *SYNONYMS.get(class_name, ())))
+    return any(f" {name} " in caption for name in names if name)
 
 
 PALETTE = {"red": (170, 50, 45), "orange": (205, 125, 55), "yellow": (205, 185, 80), "green": (85, 120, 65),

@@ -66,10 +66,12 @@ class Trace:
 class LatentPurifier(nn.Module):
     """Noise-and-denoise in the latent space of a text-guided diffusion model (paper section 3.2).
 
-    purifier(x, captions, keys): x [n, 3, h, w] in [0, 1], any h and w, and n strings -> images of the same shape and
-    range, differentiable with respect to x. All weights are frozen. With `checkpointing`, the VAE and each denoising
-    step are recomputed in the backward pass: the same gradient, and memory that does not grow with the steps.
+    purifier(x, captions, keys): x [n, 3, h, w] in [0, 1], any h and w, and n strings -> images of the same size and
+    range, differentiable with respect to x. With d * n keys each image is purified d times, [d * n, 3, h, w], image after
+    image; it is encoded, and its caption embedded, once. All weights are frozen. With `checkpointing`, the VAE and each
+    denoising step are recomputed in the backward pass: the same gradient, and memory that does not grow with the steps.
     """
+    takes_draws = True
 
     def __init__(self, vae, unet, text_encoder, tokenizer, scheduler, *, size, strength, num_inference_steps=50,
                  guidance_scale=5.0, time_grid="compvis", vae_sample=True, negative_prompt="", checkpointing=True):
@@ -97,6 +99,12 @@ class LatentPurifier(nn.Module):
     @property
     def device(self):
         return next(self.unet.parameters()).device
+
+    @property
+    def denoiser_calls(self):
+        """Evaluations of the UNet for one image."""
+        times = noise_schedule(self.scheduler, self.strength, self.num_inference_steps, self.time_grid)[1]
+        return len(times) * (2 if self.guidance_scale != 1 else 1)
 
     def settings(self):
         """The numbers that define the purification, by name."""
@@ -135,11 +143,11 @@ class LatentPurifier(nn.Module):
         return function(*args)
 
     def encode(self, x, keys):
-        """z_0 = E(x) for images in [0, 1] at the working size; a sample of the posterior, or its mode."""
-        posterior = self.vae.encode(2 * x - 1).latent_dist
-        z = posterior.mean
+        """z_0 = E(x) for images in [0, 1] at the working size; a sample of the posterior for each key, or its mode."""
+        posterior, n_draws = self.vae.encode(2 * x - 1).latent_dist, len(keys) // len(x)
+        z = posterior.mean.repeat_interleave(n_draws, 0)
         if self.vae_sample:
-            z = z + posterior.std * keys.normal(z.shape[1:], "posterior").to(z)
+            z = z + posterior.std.repeat_interleave(n_draws, 0) * keys.normal(z.shape[1:], "posterior").to(z)
         return z * self.vae.config.scaling_factor
 
     def decode(self, z):
@@ -159,7 +167,7 @@ class LatentPurifier(nn.Module):
         keys = Keys.of_content(x) if keys is None else keys
         t_noise, times = noise_schedule(self.scheduler, self.strength, self.num_inference_steps, self.time_grid)
         guided = self.guidance_scale != 1
-        text = self.embed(list(captions))
+        text = self.embed(list(captions)).repeat_interleave(len(keys) // len(x), 0)
         if guided:
             text = torch.cat([self.embed([self.negative_prompt]).expand_as(text), text])
 
@@ -236,13 +244,21 @@ class LGAP(nn.Module):
         return list(captions)
 
     def purify(self, x, captions=None, keys=None, trace=None):
-        """The purified images: [n, 3, h, w] in [0, 1], differentiable with respect to x."""
+        """The purified images: [n, 3, h, w] in [0, 1], differentiable with respect to x.
+
+        With d * n keys each image is purified d times, [d * n, 3, h, w], image after image, under one caption.
+        """
         check_images(x)
         captions = self.caption(x) if captions is None else self._checked_captions(captions, len(x))
-        if keys is not None and len(keys) != len(x):
-            raise ValueError(f"keys: got {len(keys)} for {len(x)} images, expected one each")
+        if keys is not None and (len(keys) == 0 or len(keys) % len(x)):
+            raise ValueError(f"keys: got {len(keys)} for {len(x)} images, expected one each, or the same number of draws for each")
         keys = Keys.of_content(x) if keys is None else keys
+        if (n_draws := len(keys) // len(x)) > 1 and not getattr(self.purifier, "takes_draws", False):
+            x, captions = x.repeat_interleave(n_draws, 0), [c for c in captions for _ in range(n_draws)]
         purified = self.purifier(x, captions, keys) if trace is None else self.purifier(x, captions, keys, trace)
+        if not isinstance(purified, torch.Tensor) or purified.shape != (len(keys), *x.shape[1:]):
+            raise ValueError(f"purifier: its output is {list(getattr(purified, 'shape', [])) or type(purified).__name__}, "
+                             f"expected {[len(keys), *x.shape[1:]]}")
         if (bad := ~torch.isfinite(purified.detach()).flatten(1).all(1)).any():
             first = int(bad.nonzero()[0])
             raise ValueError(f"purified image {first} of {len(x)} holds NaN or inf (key {keys.rows[first]})")

@@ -1,9 +1,13 @@
-"""Runs that survive: a row per image in a folder that belongs to one configuration; resuming is doing what is missing."""
+"""Runs that survive: rows per image in a folder that belongs to one configuration; resuming is doing what is missing."""
 from __future__ import annotations
 
+import ast
+import functools
 import hashlib
+import io
 import json
 import os
+import re
 import time
 from pathlib import Path
 
@@ -12,64 +16,208 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
+from .attacks import NATURAL, Record
 from .defense import check_images
 from .keyed import Keys
+
+# ---------------------------------------------------------------- rows on disk
 
 
 class Rows:
     """A folder of parquet shards, each written whole or not at all, that belongs to one configuration.
 
-    Raises ValueError, naming what differs, if the folder belongs to another one.
+    `key` names the columns that tell rows apart, the image's index first. Raises ValueError, naming what differs, if the
+    folder belongs to another configuration.
     """
 
-    def __init__(self, folder, config):
-        self.folder = Path(folder)
+    def __init__(self, folder, config, key=("index",)):
+        self.folder, self.key = Path(folder), list(key)
         self.folder.mkdir(parents=True, exist_ok=True)
         config = json.loads(json.dumps(config, sort_keys=True))
+        self.owner = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
         file = self.folder / "config.json"
         if file.exists():
-            there = json.loads(file.read_text())
+            try:
+                there = json.loads(file.read_text())
+            except ValueError:
+                raise ValueError(f"{file} is not JSON, so nobody knows whose rows lie beside it; move the folder away") from None
             if changed := _difference(there, config):
                 raise ValueError(f"{self.folder} holds rows of another configuration ({'; '.join(changed)}); "
                                  "move or delete it, or set LGAP_OUTPUTS to another folder")
         else:
-            _write(file, json.dumps(config, indent=1, sort_keys=True).encode())
+            write_whole(file, json.dumps(config, indent=1, sort_keys=True).encode())
 
     def read(self):
-        """All rows, one per index, in the order of the index. A shard that cannot be read is set aside with a message."""
-        shards = []
+        """All rows in the order of their key. A shard that is torn, of another configuration, or that repeats rows is set
+        aside with a message, and its images count as missing."""
+        import pyarrow.parquet as pq
+        shards, seen = [], set()
         for path in sorted(self.folder.glob("*.parquet")):
             try:
-                shards.append(pd.read_parquet(path))
-            except Exception as error:
-                aside = path.with_suffix(".broken")
-                os.replace(path, aside)
-                print(f"{path.name} is not a whole shard ({type(error).__name__}); kept as {aside.name}, its images run again")
+                table = pq.read_table(path, page_checksum_verification=True)
+                frame = table.to_pandas()
+                mine = set(frame[self.key].itertuples(index=False, name=None))
+            except Exception as error:  # whatever a broken file makes the reader raise
+                self._set_aside(path, "broken", f"is not a whole shard ({type(error).__name__})")
+                continue
+            if (table.schema.metadata or {}).get(b"lgap_owner") != self.owner.encode():
+                self._set_aside(path, "foreign", "belongs to another configuration")
+            elif len(mine) != len(frame) or mine & seen:
+                self._set_aside(path, "duplicate", "repeats rows that another shard has")
+            else:
+                seen |= mine
+                shards.append(frame)
         if not shards:
-            return pd.DataFrame({"index": pd.Series(dtype=np.int64)})
-        rows = pd.concat(shards, ignore_index=True)
-        return rows.drop_duplicates("index").sort_values("index", ignore_index=True)
+            return pd.DataFrame({name: pd.Series(dtype=np.int64 if name == "index" else object) for name in self.key})
+        return pd.concat(shards, ignore_index=True).sort_values(self.key, ignore_index=True)
+
+    def _set_aside(self, path, kind, why):
+        aside = path.with_suffix(f".{kind}")
+        os.replace(path, aside)
+        print(f"{path.name} {why}; kept as {aside.name}, its images run again")
 
     def write(self, rows):
         """Add one shard."""
-        frame = pd.DataFrame(rows)
-        name = hashlib.blake2b(str(sorted(frame["index"])).encode(), digest_size=6).hexdigest()
-        _write(self.folder / f"{frame['index'].min():06d}-{name}.parquet", frame.to_parquet(index=False))
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+        frame, buffer = pd.DataFrame(rows), io.BytesIO()
+        table = pa.Table.from_pandas(frame, preserve_index=False)
+        pq.write_table(table.replace_schema_metadata({**(table.schema.metadata or {}), b"lgap_owner": self.owner.encode()}),
+                       buffer, write_page_checksum=True)
+        name = hashlib.blake2b(str(sorted(set(frame["index"]))).encode(), digest_size=6).hexdigest()
+        write_whole(self.folder / f"{frame['index'].min():06d}-{name}.parquet", buffer.getvalue())
 
 
-def _write(path, data):
-    part = path.with_suffix(".part")
-    with open(part, "wb") as f:
-        f.write(data)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(part, path)
+def write_whole(path, data):
+    """Write bytes so that a reader sees the old file or the new one, whatever happens in between."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        with open(part, "wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise OSError(error.errno, f"{path} could not be written ({error.strerror}); what lay there before is untouched") from error
 
 
 def _difference(there, here, at=""):
     if isinstance(there, dict) and isinstance(here, dict):
         return [d for k in sorted(there.keys() | here.keys()) for d in _difference(there.get(k), here.get(k), f"{at}.{k}" if at else k)]
     return [] if there == here else [f"{at}: there {there!r}, here {here!r}"]
+
+
+@functools.cache
+def method_version():
+    """A digest of the code that decides a row, whatever its comments and layout: rows of another method are not mixed in."""
+    code = [ast.dump(ast.parse((Path(__file__).parent / name).read_text())) for name in ("keyed.py", "defense.py", "attacks.py")]
+    return hashlib.blake2b("".join(code).encode(), digest_size=6).hexdigest()
+
+
+# ---------------------------------------------------------------- attacks, scored
+
+
+class Evaluation:
+    """Attacks on one defence, scored under that and, on the same adversarial images, under others.
+
+    defenses: {name: LGAP}; attacks see the first. images: `data.Images`. n_draws: noise draws of the defence per image
+    (1 for a purifier that says `random = False`). Rows lie in folder/NAME OF THE ATTACK; `config` says what else they
+    depend on (see models.configuration). No result depends on batch_size, on the order of the images, or on who runs which.
+    """
+
+    def __init__(self, defenses, images, folder, *, config, n_draws=1, seed=0, batch_size=64):
+        self.defenses, self.images, self.folder = dict(defenses), images, Path(folder)
+        self.target = next(iter(self.defenses.values()))
+        self.n_draws, self.seed, self.batch_size = n_draws, seed, batch_size
+        self.device = next((p.device for p in self.target.parameters()), torch.device("cpu"))
+        parts = {name: getattr(d.purifier, "settings", lambda d=d: type(d.purifier).__name__)() for name, d in self.defenses.items()}
+        self.config = {**config, "defences": parts, "n_draws": n_draws, "seed": seed, "method": method_version()}
+
+    def run(self, attack, indices=None):
+        """A DataFrame with a row per image, defence and draw, computed where it is missing and kept.
+
+        indices: which images, by dataset index; None for all. Columns: index, label, defence, draw, clean, adversarial (the
+        labels predicted), caption_clean, caption (of the adversarial image), linf and inside (the threat model), broke_at,
+        bad_gradients, flags (see attacks.Record), seconds (per image), and the attack's name, eps_255, n_steps, n_eot, success.
+        """
+        places = {index: place for place, index in enumerate(self.images.indices.tolist())}
+        wanted = list(places) if indices is None else [int(i) for i in indices]
+        if missing := [i for i in wanted if i not in places]:
+            raise ValueError(f"indices: {missing[0]} is not among the {len(places)} images at hand")
+        if len(set(wanted)) != len(wanted):
+            raise ValueError("indices: an image is named twice; expected each once")
+        natural = None if attack == NATURAL else self.run(NATURAL, wanted)
+        rows = Rows(self.folder / re.sub(r"[^a-z0-9]+", "-", attack.name.lower()).strip("-"),
+                    {**self.config, "attack": attack.settings()}, ("index", "defence", "draw"))
+        done = set(rows.read()["index"])
+        todo = [i for i in wanted if i not in done]
+        if todo:
+            self._compute(attack, [places[i] for i in todo], rows)
+        table = rows.read()
+        table = table[table["index"].isin(wanted)].reset_index(drop=True)
+        if natural is not None:
+            table = table.merge(natural[["index", "defence", "draw", "clean", "caption_clean"]], on=["index", "defence", "draw"], validate="1:1")
+        else:
+            table = table.assign(clean=table["adversarial"], caption_clean=table["caption"])
+        return table.assign(attack=attack.name, eps_255=attack.eps_255, n_steps=attack.n_steps, n_eot=attack.n_eot, success=attack.success)
+
+    def _compute(self, attack, todo, rows):
+        """Attack and score the images at the places `todo`, a shard at a time."""
+        plan = self.plan(attack, len(todo))
+        print(plan["text"], flush=True)
+        size = max(1, min(self.batch_size, 60 * self.batch_size // max(1, plan["cost"])))
+        steps = attack.n_steps * attack.n_restarts if attack.optimiser == "pgd" else 1
+        with tqdm(total=len(todo) * steps, desc=attack.name, unit="step", mininterval=2) as bar:
+            for first in range(0, len(todo), size):
+                part, began, record = todo[first:first + size], time.perf_counter(), Record()
+                x, y = self.images[part].x.to(self.device), self.images.labels[part]
+                indices = self.images.indices[part]
+                adv = attack(self.target, x, y, Keys(indices, self.seed, "attack"), batch_size=self.batch_size, record=record,
+                             progress=bar.update)
+                linf = (adv - x).abs().flatten(1).amax(1)
+                inside = (linf <= attack.eps_255 / 255 + 1e-6) & (adv.flatten(1).amin(1) >= 0) & (adv.flatten(1).amax(1) <= 1)
+                scored = {name: self.score(defense, adv, indices) for name, defense in self.defenses.items()}
+                each = (time.perf_counter() - began) / len(part)
+                rows.write([{"index": int(indices[k]), "label": int(y[k]), "defence": name, "draw": draw, "adversarial": prediction,
+                             "caption": captions[k], "linf": float(linf[k]), "inside": bool(inside[k]), "broke_at": int(record.broke_at[k]),
+                             "bad_gradients": int(record.bad_gradients[k]), "flags": record.flags[k], "seconds": each}
+                            for name, (captions, predictions) in scored.items() for k in range(len(part))
+                            for draw, prediction in enumerate(predictions[k])])
+                bar.n, _ = min(bar.total, (first + len(part)) * steps), bar.refresh()      # images that broke early took fewer steps
+
+    @torch.no_grad()
+    def score(self, defense, x, indices):
+        """(captions, labels predicted [n][draws]) of images under a defence; one caption per image, one label per draw."""
+        n_draws = self.n_draws if getattr(defense.purifier, "random", True) else 1
+        captions, labels = [], []
+        for part in torch.arange(len(x)).split(max(1, self.batch_size // n_draws)):
+            said = defense.caption(x[part])
+            logits = defense(x[part], said, Keys(indices[part], self.seed).at([0] * len(part), n_draws))
+            captions += said
+            labels += logits.argmax(1).view(len(part), n_draws).tolist()
+        return captions, labels
+
+    def plan(self, attack, n):
+        """What running `attack` on n images will take: {"text", "purifications", "seconds", "cost" (purifications per image)}."""
+        forward, backward = attack.purifications()
+        draws = [self.n_draws if getattr(d.purifier, "random", True) else 1 for d in self.defenses.values()]
+        purifications = n * (forward + backward + sum(draws))
+        x, indices = self.images[:min(len(self.images), self.batch_size)].x.to(self.device), self.images.indices[:self.batch_size]
+        with torch.no_grad():
+            self.target.purify(x[:2], None, Keys(indices[:2], self.seed))          # the first call loads and plans kernels
+            began = time.perf_counter()
+            self.target.purify(x, None, Keys(indices, self.seed))
+            each = (time.perf_counter() - began) / len(x)
+        cost = forward + 3 * backward + sum(draws)                                  # a gradient costs about two more passes
+        calls = purifications * getattr(self.target.purifier, "denoiser_calls", 0)
+        text = f"{attack.name}: {n} images, {purifications:,} purifications, {calls:,} denoiser calls"
+        left = n * cost * each
+        text += f"; about {left:.0f} s" if left < 120 else f"; about {left / 60:.0f} min"
+        return {"text": text + " of purifying at most", "purifications": purifications, "seconds": left, "cost": cost}
+
+
+# ---------------------------------------------------------------- purified images, kept
 
 
 def purify_rows(defense, images, folder, *, config, x=None, seed=0, batch_size=64, title="purify"):

@@ -10,14 +10,19 @@ import hashlib
 import torch
 
 
+def seed_of(*key):
+    """A whole number in [0, 2^63) that depends on `key` alone."""
+    digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
 def generator(*key):
     """A CPU generator seeded by `key` alone; equal keys, equal streams."""
-    digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+    return torch.Generator().manual_seed(seed_of(*key))
 
 
 class Keys:
-    """One key per image of a batch. `Keys(indices, seed, stage, step, draw)`; slicing and `+` act on the batch."""
+    """One key per image of a batch. `Keys(indices, seed, stage, step, draw)`; indexing and `+` act on the batch."""
 
     def __init__(self, indices, seed=0, stage="defence", step=0, draw=0):
         indices = indices.tolist() if hasattr(indices, "tolist") else indices
@@ -33,8 +38,21 @@ class Keys:
         return len(self.rows)
 
     def __getitem__(self, part):
+        """The keys of a slice, or of a list of places."""
         out = Keys([])
-        out.rows = self.rows[part]
+        out.rows = self.rows[part] if isinstance(part, slice) else [self.rows[i] for i in part]
+        return out
+
+    @property
+    def indices(self):
+        """The image index of each key."""
+        return [row[1] for row in self.rows]
+
+    def at(self, steps, n_draws=1, stage=None):
+        """n_draws keys for each image, image after image, at its own step: what one step of an attack draws."""
+        out = Keys([])
+        out.rows = [(seed, index, stage or old, step, draw)
+                    for (seed, index, old, _, _), step in zip(self.rows, steps) for draw in range(n_draws)]
         return out
 
     def __add__(self, other):

@@ -1,0 +1,78 @@
+"""Cheap purifiers to stand beside LGAP under the same attack: what of its accuracy is owed to diffusion, and what to language?
+
+Each is a callable purifier(x, captions, keys) -> images of the same shape, as `LGAP` takes one, and says in `settings()` what
+it is. Those that draw no noise have `random = False`.
+"""
+from __future__ import annotations
+
+import io
+
+import torch
+
+from .defense import LGAP, resize
+
+
+class Purifier:
+    """A purifier made of a function of images and keys, with its settings."""
+
+    def __init__(self, function, random=False, **settings):
+        self.function, self.random, self._settings = function, random, settings
+
+    def settings(self):
+        return self._settings
+
+    def __call__(self, x, captions, keys):
+        return self.function(x, keys)
+
+
+def nothing():
+    """The undefended classifier."""
+    return Purifier(lambda x, keys: x, purifier="none")
+
+
+def resized(size):
+    """Down to `size` pixels and back, bilinear with antialias: what a change of resolution alone removes."""
+    return Purifier(lambda x, keys: resize(resize(x, (size, size)), x.shape[-2:]), purifier="resize", size=size)
+
+
+def blur(sigma):
+    """Gaussian blur (torchvision); sigma in pixels."""
+    from torchvision.transforms.functional import gaussian_blur
+    width = 2 * int(3 * sigma + 0.5) + 1
+    return Purifier(lambda x, keys: gaussian_blur(x, [width, width], [sigma, sigma]).clamp(0, 1), purifier="blur", sigma=sigma)
+
+
+def jpeg(quality):
+    """JPEG at `quality` of 100 (PIL), there and back; no gradient passes."""
+    def function(x, keys):
+        import numpy as np
+        from PIL import Image
+        out = []
+        for image in (x.detach().cpu() * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy():
+            file = io.BytesIO()
+            Image.fromarray(image).save(file, "JPEG", quality=quality)
+            out.append(np.asarray(Image.open(file)))
+        return torch.from_numpy(np.stack(out)).permute(0, 3, 1, 2).to(x) / 255
+    return Purifier(function, purifier="JPEG", quality=quality)
+
+
+def vae_round_trip(purifier):
+    """The latent purifier's autoencoder alone: encoded and decoded, no noise added, nothing denoised."""
+    def function(x, keys):
+        working = resize(x.to(purifier.device, purifier.dtype), (purifier.size, purifier.size))
+        return resize(purifier.decode(purifier.encode(working, keys)), x.shape[-2:]).to(x)
+    return Purifier(function, random=purifier.vae_sample, purifier="VAE round trip", size=purifier.size, vae_sample=purifier.vae_sample)
+
+
+def without_caption(purifier):
+    """The same diffusion with an empty caption, and so without guidance: the two predictions would be equal."""
+    def function(x, keys):
+        with purifier.using(guidance_scale=1.0):
+            return purifier(x, [""] * len(x), keys)
+    settings = purifier.settings() | {"purifier": "no caption", "guidance_scale": 1.0}
+    return Purifier(function, random=True, **settings)
+
+
+def instead(defense, purifier):
+    """The same classifier behind another purifier; nothing is captioned, as none of these reads."""
+    return LGAP(lambda x: [""] * len(x), purifier, defense.classifier, defense.classes, defense.input_size)
