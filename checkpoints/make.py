@@ -28,7 +28,7 @@ RECIPES = {
         "classifier": {"depth": 10, "widen_factor": 2, "lr": 3e-3, "optimizer": "adamw", "weight_decay": 1e-2,
                        "epochs": 2, "batch_size": 64, "augment": False},
         "captioner": {"width": 96, "layers": 4, "text_layers": 2, "epochs": 6},
-        "vae": {"channels": (16, 32, 64), "latent_channels": 144, "epochs": 2},
+        "vae": {"channels": (16, 32, 64), "latent_channels": 144, "epochs": 2, "kl": 1e-8},
         "diffusion": {"channels": (64, 96), "text_width": 64, "epochs": 4, "cycles": 2},
     },
     "small": {
@@ -36,7 +36,7 @@ RECIPES = {
         "classifier": {"depth": 16, "widen_factor": 2, "lr": 0.2, "optimizer": "sgd", "weight_decay": 5e-4,
                        "epochs": 10, "batch_size": 128, "augment": True, "small_epochs": 8},
         "captioner": {"width": 128, "layers": 4, "text_layers": 2, "epochs": 1.5},
-        "vae": {"channels": (16, 32, 64), "latent_channels": 144, "epochs": 1.5},
+        "vae": {"channels": (16, 32, 64), "latent_channels": 144, "epochs": 1.5, "kl": 1e-6},
         "diffusion": {"channels": (64, 128), "text_width": 64, "epochs": 2, "cycles": 2},
     },
 }
@@ -122,7 +122,8 @@ def new_diffusion(vae, captions, profile, device, *, channels, text_width, token
         cross_attention_dim=text_width, attention_head_dim=4, norm_num_groups=16)
     # it predicts z_0 and not the noise: a network narrower than the latent cannot pass the noise of every channel through
     scheduler = models.ddim({"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "prediction_type": "sample"})
-    purifier = models.LatentPurifier(vae, unet, text_encoder, tokenizer, scheduler, size=profile.size, strength=profile.strength)
+    purifier = models.LatentPurifier(vae, unet, text_encoder, tokenizer, scheduler, size=profile.size, strength=profile.strength,
+                                     vae_sample=profile.vae_sample)
     return purifier.to(device, memory_format=torch.channels_last)
 
 
@@ -140,9 +141,9 @@ def make_captioner(profile, images, captions, work, out, device, flip=False, epo
     captioner.processor.save_pretrained(out / "captioner")
 
 
-def make_vae(profile, images, captions, work, out, device, flip=False, epochs=1, **sizes):
+def make_vae(profile, images, captions, work, out, device, flip=False, epochs=1, kl=1e-8, **sizes):
     vae = new_vae(profile, **sizes).to(device, memory_format=torch.channels_last)
-    train.train_vae(vae, images, work, epochs=epochs, flip=flip)
+    train.train_vae(vae, images, work, epochs=epochs, kl=kl, flip=flip)
     vae.half().save_pretrained(out / "diffusion" / "vae")
 
 

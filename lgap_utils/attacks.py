@@ -41,6 +41,10 @@ class View:
         captions = None if self.captions is None else [self.captions[index] for index in keys.indices[::n_draws]]
         return self.defense.purify(x, captions, keys)
 
+    def captioned(self, x, indices):
+        """This view, its captions frozen to those of x as it is."""
+        return type(self)(self.defense, dict(zip(indices, self.defense.caption(x))))
+
 
 class bpda(View):  # noqa: N801 - views are named like functions, as they are used
     """BPDA view (Athalye et al. 2018): exact forward pass; backward as if purification were the identity."""
@@ -49,7 +53,7 @@ class bpda(View):  # noqa: N801 - views are named like functions, as they are us
         with torch.no_grad():
             purified = self.purify(x, keys)
         x = x.repeat_interleave(len(keys) // len(x), 0)
-        return self.defense.classify(x + (purified - x).detach())
+        return self.defense.classify(purified + (x - x.detach()))      # adds exactly 0, and x's gradient
 
 
 class full(View):  # noqa: N801
@@ -70,9 +74,32 @@ VIEWS = {"blind": blind, "bpda": bpda, "full": full}
 @dataclass
 class Record:
     """What happened to each image of an attack: pass one in to have it filled, with one entry per image."""
-    broke_at: list = field(default_factory=list)        # the first iterate the attacker saw misclassified; -1: none
+    broke_at: list = field(default_factory=list)        # the first iterate the attacker saw misclassified, 0 the start; -1: none
     bad_gradients: list = field(default_factory=list)   # steps at which the gradient was zero everywhere, or not finite
     flags: list = field(default_factory=list)           # AutoAttack's own warnings, as one string
+
+
+def check_numbers(most, **numbers):
+    """Refuse a radius or step that is no number in [0, most]."""
+    for name, value in numbers.items():
+        if isinstance(value, (str, bool)) or not math.isfinite(value) or not 0 <= value <= most:
+            unit = "in units of the image, e.g. 8/255" if most == 1 else "in 1/255, e.g. 8"
+            raise ValueError(f"{name}={value!r}: expected a number in [0, {most}], {unit}")
+
+
+def check_counts(**counts):
+    """Refuse a number of steps, draws or the like that is no whole number of at least 1."""
+    for name, value in counts.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}={value!r}: expected a whole number of at least 1")
+
+
+def check_labels(y, n):
+    """Refuse labels that are not n whole numbers; broadcasting would hide it and count beyond 100 %."""
+    if not isinstance(y, torch.Tensor) or y.dtype != torch.long:
+        raise TypeError(f"labels: expected a torch.long tensor, got {getattr(y, 'dtype', type(y).__name__)}")
+    if y.shape != (n,):
+        raise ValueError(f"labels: got shape {list(y.shape)} for {n} images, expected one each")
 
 
 def pgd(model, x, y, *, eps, step_size, n_steps, keys=None, random_start=True, n_eot=1, average="gradient", any_step=False,
@@ -92,12 +119,8 @@ def pgd(model, x, y, *, eps, step_size, n_steps, keys=None, random_start=True, n
     """
     check_images(x)
     check_labels(y, len(x))
-    for name, value in (("eps", eps), ("step_size", step_size)):
-        if isinstance(value, (str, bool)) or not math.isfinite(value) or not 0 <= value <= 1:
-            raise ValueError(f"{name}={value!r}: expected a number in [0, 1], in units of the image, e.g. 8/255")
-    for name, value in (("n_steps", n_steps), ("n_eot", n_eot), ("n_restarts", n_restarts), ("batch_size", batch_size)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}={value!r}: expected a whole number of at least 1")
+    check_numbers(1, eps=eps, step_size=step_size)
+    check_counts(n_steps=n_steps, n_eot=n_eot, n_restarts=n_restarts, batch_size=batch_size)
     if average not in AVERAGES:
         raise ValueError(f"no average {average!r}; choose from {list(AVERAGES)}")
     if keys is None and isinstance(model, View):
@@ -119,7 +142,7 @@ def pgd(model, x, y, *, eps, step_size, n_steps, keys=None, random_start=True, n
         rows = live[:max(1, batch_size // n_eot)]
         draws = None
         if keys is not None:
-            steps = [0] * len(rows) if known_noise else [restart[i] * n_steps + step[i] for i in rows]
+            steps = [0] * len(rows) if known_noise else [restart[i] * (n_steps + 1) + step[i] for i in rows]
             draws = keys[rows].at(steps, n_eot, "defence" if known_noise else None)
         grad, right = gradient(model, adv[rows], y[rows].to(x.device), draws, n_eot, average, batch_size)
         norm = grad.flatten(1).abs().sum(1)
@@ -128,7 +151,7 @@ def pgd(model, x, y, *, eps, step_size, n_steps, keys=None, random_start=True, n
         moved = (x[rows] + (moved - x[rows]).clamp(-eps, eps)).clamp(0, 1)
         for k, i in enumerate(rows):
             if broke_at[i] < 0 and not right[k]:
-                broke_at[i] = restart[i] * n_steps + step[i]
+                broke_at[i] = restart[i] * (n_steps + 1) + step[i]
             bad_gradients[i] += bool(bad[k])
             done = any_step and not right[k]
             if not done and step[i] < n_steps:
@@ -162,6 +185,8 @@ def gradient(model, x, y, keys=None, n_eot=1, average="gradient", batch_size=64)
     n_eot = n_eot if isinstance(model, View) else 1
     apart = average == "vote" and n_eot > 1             # a gradient for each draw, not their sum
     group = n_eot if average == "logits" else min(n_eot, batch_size)
+    if isinstance(model, View) and model.captions is None and (apart or group < n_eot):
+        model = model.captioned(x, keys.indices[::n_eot])       # words are chosen once for an image, not for each of its draws
     grad, logits = torch.zeros_like(x), 0
     for first in range(0, n_eot, group):
         n = min(group, n_eot - first)
@@ -173,7 +198,7 @@ def gradient(model, x, y, keys=None, n_eot=1, average="gradient", batch_size=64)
             loss = F.cross_entropy(draws.mean(1), y, reduction="sum")
         else:
             loss = F.cross_entropy(out, y.repeat_interleave(n), reduction="sum") / (1 if apart else n_eot)
-        (g,) = torch.autograd.grad(loss, leaf)
+        (g,) = torch.autograd.grad(loss + 0 * leaf.sum(), leaf)     # zero, and no error, where a purifier passes no gradient
         grad += g.view(len(x), n, *x.shape[1:]).sign().sum(1) if apart else g
         logits = logits + draws.detach().sum(1)
     return grad, (logits.argmax(1) == y).tolist()
@@ -234,13 +259,19 @@ def autoattack(model, x, y, *, eps, keys, version="standard", attacks=None, n_qu
     e.g. ("square",) with `n_queries`. One image at a time, seeded by its key: the library draws for a batch as a whole, and
     its results would depend on who shares it. Where the model is a `View` each call draws fresh noise, and the point of the
     highest loss is returned whether or not the library's last single draw was fooled; scoring is the evaluation's.
-    n_steps, n_eot: APGD's; 100 and 20 are AutoAttack's own. Raises ValueError for an unknown version.
+    n_steps, n_eot: APGD's; 100 and 20 are AutoAttack's own. Raises TypeError or ValueError for what cannot be meant.
     """
     from pyautoattack import AutoAttack, checks
-    if version not in ("standard", "rand", "custom"):
-        raise ValueError(f"no AutoAttack version {version!r}; choose from ['custom', 'rand', 'standard']")
     check_images(x)
     check_labels(y, len(x))
+    check_numbers(1, eps=eps)
+    check_counts(n_queries=n_queries, n_steps=n_steps, n_eot=n_eot)
+    if version not in ("standard", "rand", "custom"):
+        raise ValueError(f"no AutoAttack version {version!r}; choose from ['custom', 'rand', 'standard']")
+    if bool(attacks) != (version == "custom"):
+        raise ValueError(f"attacks={attacks!r} with version={version!r}: expected names of attacks with 'custom', and only then")
+    if keys is None or len(keys) != len(x):
+        raise ValueError(f"keys: got {0 if keys is None else len(keys)} for {len(x)} images, expected one each")
     out, flags = x.clone(), []
     for i in range(len(x)):
         one, label, key = x[i:i + 1], y[i:i + 1].to(x.device), keys[[i]]
@@ -251,6 +282,7 @@ def autoattack(model, x, y, *, eps, keys, version="standard", attacks=None, n_qu
                                  seed=seed_of(*key.rows[0]) % 2 ** 32)
             for part in (library.apgd, library.apgd_targeted):
                 part.n_iter = part.n_iter_orig = n_steps
+                part.n_iter_2, part.n_iter_min, part.size_decr = (max(int(share * n_steps), 1) for share in (0.22, 0.06, 0.03))
             library.apgd.eot_iter = n_eot if version == "rand" else 1
             library.square.n_queries = n_queries
             if random and version != "standard":
@@ -301,7 +333,7 @@ class Attack:
     view: str = "blind"                 # what the attacker sees: "blind", "bpda" or "full"
     eps_255: float = 8                  # L-inf radius in 1/255
     step_size_255: float = 2            # paper silent: Yoon et al.'s step
-    n_steps: int = 40                   # for "square": queries
+    n_steps: int = 40                   # for "square": queries; for "autoattack": APGD's, whose own number is 100
     n_eot: int = 1                      # paper silent: draws of the defence per step
     average: str = "gradient"           # paper silent: over the draws; "gradient", "logits" or "vote"
     random_start: bool = True           # paper silent
@@ -317,6 +349,8 @@ class Attack:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r}: choose from {list(allowed)}")
+        check_numbers(255, eps_255=self.eps_255, step_size_255=self.step_size_255)
+        check_counts(n_steps=self.n_steps, n_eot=self.n_eot, n_restarts=self.n_restarts)
 
     @property
     def success(self):
@@ -331,8 +365,8 @@ class Attack:
         """The protocol in a line, for a table."""
         if self.optimiser == "none":
             return "no attack"
-        what = {"pgd": f"PGD-{self.n_steps}, step {self.step_size_255:g}/255", "autoattack": f"AutoAttack {self.version}",
-                "square": f"Square, {self.n_steps} queries"}[self.optimiser]
+        what = {"pgd": f"PGD-{self.n_steps}, step {self.step_size_255:g}/255", "square": f"Square, {self.n_steps} queries",
+                "autoattack": f"AutoAttack {self.version}" + f", {self.n_steps} steps" * (self.n_steps != 100)}[self.optimiser]
         extras = []
         if self.optimiser == "pgd":
             if self.view != "blind":
@@ -347,7 +381,8 @@ class Attack:
         """(forward only, with a gradient) for one image; the defence's share of the attack's cost. An upper bound if any_step."""
         if self.view == "blind" or self.optimiser == "none":
             return 0, 0
-        asked = {"pgd": self.n_steps * self.n_restarts * self.n_eot, "square": self.n_steps, "autoattack": 200 * self.n_eot}[self.optimiser]
+        looks = (self.n_steps + (self.any_step or self.n_restarts > 1)) * self.n_restarts   # the last iterate is looked at too
+        asked = {"pgd": looks * self.n_eot, "square": self.n_steps, "autoattack": 2 * self.n_steps * self.n_eot}[self.optimiser]
         return (0, asked) if self.view == "full" and self.optimiser != "square" else (asked, 0)
 
     def __call__(self, defense, x, y, keys, batch_size=64, record=None, progress=None):
@@ -358,14 +393,15 @@ class Attack:
         captions = None
         if self.captions == "clean" and self.view != "blind":
             captions = dict(zip(keys.indices, defense.caption(x)))
-        model, shared = VIEWS[self.view](defense, captions), {"eps": self.eps_255 / 255, "keys": keys, "record": record, "progress": progress}
+        model = VIEWS[self.view](defense, captions)
+        shared = {"eps": self.eps_255 / 255, "keys": keys, "record": record, "progress": progress}
         if self.optimiser == "pgd":
             return pgd(model, x, y, step_size=self.step_size_255 / 255, n_steps=self.n_steps, n_eot=self.n_eot, average=self.average,
                        random_start=self.random_start, known_noise=self.known_noise, any_step=self.any_step,
                        n_restarts=self.n_restarts, batch_size=batch_size, **shared)
         if self.optimiser == "square":
             return autoattack(model, x, y, version="custom", attacks=("square",), n_queries=self.n_steps, **shared)
-        return autoattack(model, x, y, version=self.version, n_eot=self.n_eot, **shared)
+        return autoattack(model, x, y, version=self.version, n_steps=self.n_steps, n_eot=self.n_eot, **shared)
 
 
 NATURAL = Attack("natural", optimiser="none", eps_255=0)
@@ -378,7 +414,7 @@ ATTACKS = {attack.name: attack for attack in (
     Attack("BPDA-40+EOT (authors' vote)", view="bpda", n_eot=15, random_start=False, average="vote"),
     Attack("BPDA-50+EOT (Hill)", view="bpda", n_steps=50, n_eot=15, average="logits", any_step=True),
     # Table 4; AutoAttack is run on the bare classifier, as the authors' code does: a transfer attack
-    Attack("AutoAttack", optimiser="autoattack"),
+    Attack("AutoAttack", optimiser="autoattack", n_steps=100),
     Attack("PGD-10", n_steps=10),
     # beyond the paper: what an attacker does who sees the whole defence
     Attack("PGD-20+EOT, full gradient", view="full", n_steps=20, n_eot=5),
@@ -388,21 +424,14 @@ ATTACKS = {attack.name: attack for attack in (
 )}
 
 
-def get_attack(name, **overrides):
-    """The named attack with some fields replaced. Raises ValueError, with the choices, for an unknown name or field."""
-    if name not in ATTACKS:
-        raise ValueError(f"no attack {name!r}; choose from {list(ATTACKS)}")
+def get_attack(attack, /, **overrides):
+    """The attack of this name with some fields replaced, its name too if wanted. Raises ValueError, with the choices, for an
+    unknown name or field."""
+    if attack not in ATTACKS:
+        raise ValueError(f"no attack {attack!r}; choose from {list(ATTACKS)}")
     if unknown := sorted(set(overrides) - {f.name for f in dataclasses.fields(Attack)}):
         raise ValueError(f"an attack has no field {', '.join(unknown)}; choose from {[f.name for f in dataclasses.fields(Attack)]}")
-    return dataclasses.replace(ATTACKS[name], **overrides)
-
-
-def check_labels(y, n):
-    """Refuse labels that are not n whole numbers; broadcasting would hide it and count beyond 100 %."""
-    if not isinstance(y, torch.Tensor) or y.dtype != torch.long:
-        raise TypeError(f"labels: expected a torch.long tensor, got {getattr(y, 'dtype', type(y).__name__)}")
-    if y.shape != (n,):
-        raise ValueError(f"labels: got shape {list(y.shape)} for {n} images, expected one each")
+    return dataclasses.replace(ATTACKS[attack], **overrides)
 
 
 def in_batches(attack, x, y, keys=None, batch_size=128):

@@ -59,6 +59,7 @@ CIFARS = {
                                          "test": "98776c529bb146a9c791229df74a5cf076be9b43d82dbbd334b6a7788d73dc68"}),
 }
 IMAGENET, IMAGENET_REVISION = "ILSVRC/imagenet-1k", "49e2ee26f3810fb5a7536bbf732a7b07389a47b5"
+IMAGENET_SHARDS = tuple(f"data/validation-{k:05}-of-00014.parquet" for k in range(14))
 # paper silent: its 2048 images are not named; these are the first 2048 of the 5000 that RobustBench evaluates on, in its order.
 IMAGENET_IDS = ROOT / "paper" / "imagenet_2048.txt"
 IMAGENET_MOST = 10_000      # images of 224 x 224 to hold without being asked for so many: 1.5 GB
@@ -110,6 +111,11 @@ def load_images(dataset, split, n=None, start=0):
     return readers[dataset](split, n, start)
 
 
+def classes_of(dataset):
+    """The names of a data set's classes, in the order of its labels."""
+    return toy.CLASSES if dataset == "toy" else imagenet_classes()[1] if dataset == "imagenet" else CIFARS[dataset].classes
+
+
 def _toy(split, n, start):
     if n is None:
         raise ValueError("the toy data set has no end; say how many images, n=...")
@@ -123,7 +129,7 @@ def _toy(split, n, start):
 def _cifar(dataset, split, n, start):
     import pandas as pd
     cifar = CIFARS[dataset]
-    (file,) = _hub_files(dataset, cifar.repository, cifar.revision, cifar.file.format("test" if split == "test" else "train"))
+    (file,) = _hub_files(dataset, cifar.repository, cifar.revision, [cifar.file.format("test" if split == "test" else "train")])
     try:
         table = pd.read_parquet(file, columns=["img", cifar.label])
     except Exception as error:
@@ -173,7 +179,6 @@ def imagenet_ids():
 
 
 def _imagenet(split, n, start):
-    from torchvision import transforms
     if split != "test":
         raise ValueError(f"imagenet has no split {split!r} here, only 'test': the paper trains nothing on it")
     labels, classes = imagenet_classes()
@@ -191,6 +196,7 @@ def _imagenet(split, n, start):
     else:
         names = _part(names, "imagenet test", n, start)
         images = _imagenet_shards(names, labels)
+    from torchvision import transforms
     crop = transforms.Compose([transforms.Resize(256), transforms.CenterCrop(224)])     # RobustBench's Res256Crop224: bilinear
     pixels, digest = _decode(images, 224, crop)
     indices = torch.arange(start, start + len(names))
@@ -214,7 +220,7 @@ def _imagenet_folder(folder, labels):
 def _imagenet_shards(names, labels):
     """[(name, read)] of the named images in the hub's parquet shards, whose rows know their file names and labels."""
     import pyarrow.parquet as pq
-    shards = _hub_files("imagenet", IMAGENET, IMAGENET_REVISION, "data/validation-*.parquet",
+    shards = _hub_files("imagenet", IMAGENET, IMAGENET_REVISION, IMAGENET_SHARDS,
                         "imagenet/val/<wnid>/*.JPEG; the hub's copy is gated: accept its terms there and log in")
     folder, number, found = shards[0].parent, re.compile(r"ILSVRC2012_val_\d{8}"), {}
     wanted = {number.search(name)[0]: name for name in names}
@@ -262,25 +268,20 @@ def _decode(images, size, prepare=lambda image: image):
     return pixels, digest.hexdigest()
 
 
-def _hub_files(folder, repository, revision, pattern, instead=None):
-    """The files `pattern` below LGAP_DATA/folder where that folder is, else from the hub at a fixed revision."""
+def _hub_files(folder, repository, revision, names, instead=None):
+    """The named files below LGAP_DATA/folder where that folder is, else from the hub at a fixed revision."""
     root = data_root() / folder
-    if files := sorted(root.glob(pattern)):
-        return files
     if root.is_dir():
-        raise FileNotFoundError(f"{root / pattern} is missing; expected the layout of the hub data set {repository}"
-                                + (f", or {instead}" if instead else ""))
-    from huggingface_hub import snapshot_download
-    why = "not in its cached copy"
+        if missing := [name for name in names if not (root / name).is_file()]:
+            raise FileNotFoundError(f"{root / missing[0]} is missing; expected the layout of the hub data set {repository}"
+                                    + (f", or {instead}" if instead else ""))
+        return [root / name for name in names]
+    from huggingface_hub import hf_hub_download
     try:
-        files = sorted(Path(snapshot_download(repository, repo_type="dataset", revision=revision, cache_dir=cache_root(),
-                                              allow_patterns=pattern)).glob(pattern))
+        return [Path(hf_hub_download(repository, name, repo_type="dataset", revision=revision, cache_dir=cache_root())) for name in names]
     except Exception as error:  # the hub's client raises many kinds; all mean the same to the user
-        why = type(error).__name__
-    if not files:
-        raise FileNotFoundError(f"{repository} is neither in {root} nor could be fetched from the hub ({why}); "
-                                f"set LGAP_DATA to a folder that holds {instead or f'{folder}/{pattern}'}")
-    return files
+        raise FileNotFoundError(f"{repository} is neither in {root} nor could be fetched from the hub ({type(error).__name__}); "
+                                f"set LGAP_DATA to a folder that holds {instead or f'{folder}/{names[0]}'}") from None
 
 
 def validate(dataset):

@@ -56,11 +56,13 @@ class Rows:
             try:
                 table = pq.read_table(path, page_checksum_verification=True)
                 frame = table.to_pandas()
-                mine = set(frame[self.key].itertuples(index=False, name=None))
+                mine, kept = set(frame[self.key].itertuples(index=False, name=None)), table.schema.metadata or {}
+                if kept.get(b"lgap_digest", b"").decode() != _digest(frame):
+                    raise ValueError("its rows are not those that were written")
             except Exception as error:  # whatever a broken file makes the reader raise
                 self._set_aside(path, "broken", f"is not a whole shard ({type(error).__name__})")
                 continue
-            if (table.schema.metadata or {}).get(b"lgap_owner") != self.owner.encode():
+            if kept.get(b"lgap_owner") != self.owner.encode():
                 self._set_aside(path, "foreign", "belongs to another configuration")
             elif len(mine) != len(frame) or mine & seen:
                 self._set_aside(path, "duplicate", "repeats rows that another shard has")
@@ -74,7 +76,7 @@ class Rows:
     def _set_aside(self, path, kind, why):
         aside = path.with_suffix(f".{kind}")
         os.replace(path, aside)
-        print(f"{path.name} {why}; kept as {aside.name}, its images run again")
+        print(f"{path.name} {why}; kept as {aside.name}, images that are in no other shard run again")
 
     def write(self, rows):
         """Add one shard."""
@@ -82,10 +84,16 @@ class Rows:
         import pyarrow.parquet as pq
         frame, buffer = pd.DataFrame(rows), io.BytesIO()
         table = pa.Table.from_pandas(frame, preserve_index=False)
-        pq.write_table(table.replace_schema_metadata({**(table.schema.metadata or {}), b"lgap_owner": self.owner.encode()}),
-                       buffer, write_page_checksum=True)
+        marks = {b"lgap_owner": self.owner.encode(), b"lgap_digest": _digest(frame).encode()}
+        pq.write_table(table.replace_schema_metadata({**(table.schema.metadata or {}), **marks}), buffer, write_page_checksum=True)
         name = hashlib.blake2b(str(sorted(set(frame["index"]))).encode(), digest_size=6).hexdigest()
         write_whole(self.folder / f"{frame['index'].min():06d}-{name}.parquet", buffer.getvalue())
+
+
+def _digest(frame):
+    """Of a frame's names and values. Parquet's own checksums cover pages of values, but not the names of the columns."""
+    values = pd.util.hash_pandas_object(frame, index=False).to_numpy().tobytes()
+    return hashlib.blake2b(str(list(frame)).encode() + values, digest_size=16).hexdigest()
 
 
 def write_whole(path, data):
@@ -132,7 +140,8 @@ class Evaluation:
         self.n_draws, self.seed, self.batch_size = n_draws, seed, batch_size
         self.device = next((p.device for p in self.target.parameters()), torch.device("cpu"))
         parts = {name: getattr(d.purifier, "settings", lambda d=d: type(d.purifier).__name__)() for name, d in self.defenses.items()}
-        self.config = {**config, "defences": parts, "n_draws": n_draws, "seed": seed, "method": method_version()}
+        self.config = {**config, "target": next(iter(parts)), "defences": parts, "n_draws": n_draws, "seed": seed,
+                       "method": method_version()}
 
     def run(self, attack, indices=None):
         """A DataFrame with a row per image, defence and draw, computed where it is missing and kept.
@@ -145,8 +154,8 @@ class Evaluation:
         wanted = list(places) if indices is None else [int(i) for i in indices]
         if missing := [i for i in wanted if i not in places]:
             raise ValueError(f"indices: {missing[0]} is not among the {len(places)} images at hand")
-        if len(set(wanted)) != len(wanted):
-            raise ValueError("indices: an image is named twice; expected each once")
+        if not wanted or len(set(wanted)) != len(wanted):
+            raise ValueError(f"indices: {'an image is named twice' if wanted else 'no image is named'}; expected each once")
         natural = None if attack == NATURAL else self.run(NATURAL, wanted)
         rows = Rows(self.folder / re.sub(r"[^a-z0-9]+", "-", attack.name.lower()).strip("-"),
                     {**self.config, "attack": attack.settings()}, ("index", "defence", "draw"))

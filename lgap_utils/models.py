@@ -5,9 +5,11 @@ A model is named by a folder (relative to the checkout) or a hub id; both go thr
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -267,6 +269,31 @@ def configuration(profile, defense):
             "captioner": settings(defense.captioner), "purifier": settings(defense.purifier)}
 
 
+def evaluation(profile, folder, defenses, images):
+    """An `evaluate.Evaluation` of {name: LGAP} on `images` with the profile's sizes, its rows below outputs/PROFILE/rows."""
+    from .evaluate import Evaluation
+    return Evaluation(defenses, images, profile.outputs / "rows" / folder, config=configuration(profile, next(iter(defenses.values()))),
+                      n_draws=profile.n_draws, seed=profile.seed, batch_size=profile.batch_size)
+
+
+def provenance(profile, defense):
+    """Where numbers come from: configuration, versions, device and commit, as plain data for results.json."""
+    import importlib.metadata
+    import platform
+    import subprocess
+    def version(name):
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            return None
+    git = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, check=False) if shutil.which("git") else None
+    device = next((p.device for p in defense.parameters()), torch.device("cpu"))
+    return {"profile": profile.name, "settings": dataclasses.asdict(profile), **configuration(profile, defense),
+            "versions": {name: version(name) for name in ("torch", "diffusers", "transformers", "robustbench", "pyautoattack", "scipy")},
+            "python": platform.python_version(), "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+            "commit": git.stdout.strip() if git and git.returncode == 0 else None}
+
+
 def state_digest(module):
     """Short digest of a module's parameters and buffers, so that a fine-tuned classifier is not taken for its start."""
     digest = hashlib.blake2b(digest_size=8)
@@ -281,8 +308,7 @@ def load_defense(profile="toy", *, classifier=None, captioner=None, purifier=Non
     classifier: a folder in place of the profile's, e.g. the fine-tuned one, or any callable; captioner and purifier: any
     callable. Raises CheckpointError, or ValueError for an unknown profile.
     """
-    from .data import CIFAR10_CLASSES
-    from .toy import CLASSES
+    from .data import classes_of
     p = profile if isinstance(profile, Profile) else get_profile(profile)
     if captioner is None:
         captioner = load_captioner(p.captioner, p.captioner_revision, device=device, prompt=p.prompt,
@@ -293,5 +319,4 @@ def load_defense(profile="toy", *, classifier=None, captioner=None, purifier=Non
                                   time_grid=p.time_grid, vae_sample=p.vae_sample, negative_prompt=p.negative_prompt)
     if classifier is None or isinstance(classifier, (str, Path)):
         classifier = load_classifier(str(classifier or p.classifier), device=device)
-    classes, input_size = {"toy": (CLASSES, 32), "cifar10": (CIFAR10_CLASSES, 32)}[p.dataset]
-    return LGAP(captioner, purifier, classifier, classes, input_size)
+    return LGAP(captioner, purifier, classifier, classes_of(p.dataset), 224 if p.dataset == "imagenet" else 32)

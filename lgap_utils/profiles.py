@@ -4,7 +4,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,7 +31,7 @@ class Profile:
     about: str                          # one line for --help
 
     # which models and images: a folder below the checkout, or a hub id
-    dataset: str                        # "toy" or "cifar10"
+    dataset: str                        # "toy", "cifar10", "cifar100" or "imagenet"
     captioner: str                      # BlipForConditionalGeneration and BlipProcessor
     diffusion: str                      # unet, vae, text_encoder, tokenizer, scheduler
     classifier: str                     # folder of a saved WideResNet, or "robustbench:DATASET/THREAT/NAME"
@@ -62,8 +62,17 @@ class Profile:
     finetune_batch: int = 128           # paper silent
     n_finetune: int = 50_000            # training images that are purified; paper silent: taken to be all of them
 
+    # the tables
+    tables: dict = field(default_factory=dict)   # {number of the paper's table: fields that are different there}
+    same_models: bool = False           # whether these are the paper's models and data, so that numbers can be compared
+    rivals: tuple = ()                  # (the paper's name, classifier) of undefended robust models that are run beside LGAP
+
     # sizes
     n_images: int = 512                 # test images 0 .. n_images - 1
+    n_adaptive: int = 512               # of these, for attacks that ask the defence once a step, and for AutoAttack
+    n_eot_images: int = 512             # for attacks that ask it many times a step
+    n_full: int = 512                   # for the full gradient, and for the checks of an evaluation
+    n_draws: int = 10                   # paper silent: noise draws of the defence that each image is judged by
     n_validation: int = 1000            # purified validation images for the learning curve
     batch_size: int = 64                # images per call; no result depends on it
     seed: int = 0
@@ -83,11 +92,16 @@ class Profile:
     @property
     def finetuned(self):
         """Where notebook 03 leaves the classifier it fine-tuned, for all that follow."""
-        return self.outputs / "classifier"
+        return self.outputs / f"classifier_{self.dataset}"
+
+    def table(self, number):
+        """The profile as it is for one of the paper's tables, which may have its own data set, classifier or strength."""
+        return dataclasses.replace(self, **self.tables.get(number, {}))
 
     def __post_init__(self):
         whole = {"num_inference_steps": 1, "size": 8, "num_beams": 1, "max_length": 2, "min_length": 0, "n_steps": 1,
-                 "finetune_epochs": 1, "finetune_batch": 1, "n_finetune": 1, "n_images": 1, "n_validation": 1, "batch_size": 1, "seed": 0}
+                 "finetune_epochs": 1, "finetune_batch": 1, "n_finetune": 1, "n_images": 1, "n_validation": 1,
+                 "n_adaptive": 1, "n_eot_images": 1, "n_full": 1, "n_draws": 1, "batch_size": 1, "seed": 0}
         for name, least in whole.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int):
@@ -102,7 +116,7 @@ class Profile:
                 raise ValueError(f"{name}={value!r}: expected a number, e.g. {name}={getattr(type(self), name, high)}")
             if not low <= value <= high:
                 raise ValueError(f"{name}={value}: expected {low} to {high}")
-        for name, choices in {"dataset": ("cifar10", "toy"), "time_grid": ("compvis", "diffusers"), "vae_sample": (False, True)}.items():
+        for name, choices in {"dataset": ("cifar10", "cifar100", "imagenet", "toy"), "time_grid": ("compvis", "diffusers"), "vae_sample": (False, True), "same_models": (False, True)}.items():
             if getattr(self, name) not in choices or type(getattr(self, name)) is not type(choices[0]):
                 raise ValueError(f"{name}={getattr(self, name)!r}: choose from {list(choices)}")
         for name in ("captioner", "diffusion", "classifier", "prompt", "negative_prompt"):
@@ -114,13 +128,18 @@ TOY = Profile(
     name="toy", about="drawn scenes and bundled small models: no network, no GPU, minutes on two cores",
     dataset="toy", captioner="checkpoints/toy/captioner", diffusion="checkpoints/toy/diffusion",
     classifier="checkpoints/toy/classifier",
-    size=32, n_images=128, n_finetune=512, n_validation=96,
+    size=32, num_inference_steps=20, n_images=128, n_finetune=1024, n_validation=128,
+    n_adaptive=32, n_eot_images=4, n_full=4, n_draws=3,
+    tables={2: {"seed": 1}, 4: {"eps_255": 4, "strength": 0.1}},
 )
 SMALL = Profile(
     name="small", about="real CIFAR-10 images and small models trained on its train split: CPU or GPU",
     dataset="cifar10", captioner="checkpoints/small/captioner", diffusion="checkpoints/small/diffusion",
     classifier="checkpoints/small/classifier",
-    size=32, n_images=512, n_finetune=1024, n_validation=256,
+    vae_sample=False,                   # most channels of its latent hold nothing, and their posterior is the prior
+    size=32, num_inference_steps=20, n_images=512, n_finetune=4096, n_validation=512,
+    n_adaptive=128, n_eot_images=64, n_full=32, n_draws=4,
+    tables={2: {"seed": 1}, 4: {"eps_255": 4, "strength": 0.1}},
 )
 PAPER = Profile(
     name="paper", about="BLIP, Stable Diffusion v1.5 and RobustBench's WRN-28-10 on CIFAR-10: a GPU and the model hub",
@@ -129,7 +148,13 @@ PAPER = Profile(
     diffusion="stable-diffusion-v1-5/stable-diffusion-v1-5",
     diffusion_revision="451f4fe16113bff5a5d2269ed5ad43b0592e9a14",
     classifier="robustbench:cifar10/Linf/Standard",
-    n_images=10_000, batch_size=256,
+    n_images=10_000, n_adaptive=10_000, batch_size=256, same_models=True,
+    tables={2: {"dataset": "cifar100", "classifier": "checkpoints/paper/cifar100"},
+            3: {"rivals": (("Carmon et al.", "robustbench:cifar10/Linf/Carmon2019Unlabeled"),)},
+            4: {"dataset": "imagenet", "classifier": "robustbench:imagenet/Linf/Standard_R50", "eps_255": 4, "strength": 0.1,
+                "n_images": 2048, "n_adaptive": 2048,
+                "rivals": (("Salman et al.", "robustbench:imagenet/Linf/Salman2020Do_R50"),
+                           ("Wong et al.", "robustbench:imagenet/Linf/Wong2020Fast"))}},
 )
 PROFILES = {p.name: p for p in (TOY, SMALL, PAPER)}
 

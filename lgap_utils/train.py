@@ -261,7 +261,7 @@ def train_captioner(captioner, images, captions, folder, *, teacher, epochs, bat
 
 # ---------------------------------------------------------------- the diffusion model
 
-def train_vae(vae, images, folder, *, epochs, batch_size=16, lr=3e-3, kl=1e-6, flip=False, seed=0):
+def train_vae(vae, images, folder, *, epochs, batch_size=16, lr=3e-3, kl=1e-8, flip=False, seed=0):
     """Autoencoder on pixels: squared and absolute error, and a KL term that only keeps the latents bounded.
 
     Ends by setting `scaling_factor` so that latents have unit variance, as the diffusion model expects.
@@ -298,11 +298,6 @@ def train_diffusion(purifier, images, captions, folder, *, epochs, batch_size=64
     device, unet, vae = purifier.device, purifier.unet, purifier.vae
     length = purifier.tokenizer.model_max_length
     tokens = purifier.tokenizer([*captions, ""], padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
-    views = [images.x, images.x.flip(3)] if flip else [images.x]
-    with torch.no_grad():                                        # a frozen encoder: every image is encoded once
-        posteriors = [[vae.encode(part.to(device) * 2 - 1).latent_dist for part in view.split(256)] for view in views]
-    mean = torch.stack([torch.cat([p.mean for p in parts]) for parts in posteriors]).cpu()
-    std = torch.stack([torch.cat([p.std for p in parts]) for parts in posteriors]).cpu()
     steps = purifier.scheduler.config.num_train_timesteps
     batches = Batches(len(images), batch_size, seed)
     for part in (unet, purifier.text_encoder):
@@ -310,9 +305,16 @@ def train_diffusion(purifier, images, captions, folder, *, epochs, batch_size=64
 
     def loss_of(step, rng):
         rows = batches(step)
-        n, view = len(rows), torch.randint(len(views), (len(rows),), generator=rng)
-        z = mean[view, rows] + std[view, rows] * torch.randn(mean[0, rows].shape, generator=rng)
-        z = (z * vae.config.scaling_factor).to(device)
+        x = images.pixels[rows].float() / 127.5 - 1
+        if flip:
+            x = torch.where(torch.rand(len(x), 1, 1, 1, generator=rng) < 0.5, x.flip(3), x)
+        n = len(x)
+        with torch.no_grad():                                    # the encoder is frozen, and a small part of the cost
+            posterior = vae.encode(x.to(device).contiguous(memory_format=torch.channels_last)).latent_dist
+        z = posterior.mean
+        if purifier.vae_sample:
+            z = z + posterior.std * torch.randn(z.shape, generator=rng).to(device)
+        z = z * vae.config.scaling_factor
         noise = torch.randn(z.shape, generator=rng).to(device)
         t = (torch.rand(n, generator=rng) * torch.where(torch.rand(n, generator=rng) < 5 / 6, t_used, steps)).long().to(device)
         words = torch.where(torch.rand(n, 1, generator=rng) < drop, tokens[-1:], tokens[rows]).to(device)

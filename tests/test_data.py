@@ -8,8 +8,19 @@ import pytest
 import torch
 from PIL import Image
 
-from lgap_utils import toy
-from lgap_utils.data import CIFAR10_CLASSES, PALETTE, SYNONYMS, load_images, names_class, pixel_caption
+from lgap_utils import data, toy
+from lgap_utils.data import (
+    CIFAR10_CLASSES,
+    CIFAR100_CLASSES,
+    PALETTE,
+    SYNONYMS,
+    imagenet_classes,
+    imagenet_ids,
+    load_images,
+    names_class,
+    pixel_caption,
+    validate,
+)
 from lgap_utils.profiles import PROFILES, data_root
 
 # ---------------------------------------------------------------- the toy scenes
@@ -77,102 +88,177 @@ def test_images_can_be_sliced(images):
 
 
 @pytest.mark.parametrize("arguments, says", [
-    (("mnist", "test", 1), r"no data set 'mnist'; choose from \['cifar10', 'toy'\]"),
+    (("mnist", "test", 1), r"no data set 'mnist'; choose from \['cifar10', 'cifar100', 'imagenet', 'toy'\]"),
     (("toy", "dev", 1), r"no split 'dev'; choose from \['test', 'train', 'validation'\]"),
     (("toy", "test"), "how many"), (("toy", "test", 0), "n >= 1"), (("toy", "test", 1, -1), "start >= 0"),
-    (("cifar10", "test", None, -1), "start >= 0"),
+    (("cifar10", "test", None, -1), "start >= 0"), (("imagenet", "train"), "imagenet has no split 'train' here, only 'test'"),
 ], ids=str)
 def test_rows_that_cannot_be_are_refused(hub, arguments, says):
     with pytest.raises(ValueError, match=says):
         load_images(*arguments)
 
 
-# ---------------------------------------------------------------- CIFAR-10
+# ---------------------------------------------------------------- CIFAR-10 and CIFAR-100
 
-def png(pixels):
+FILES = {"cifar10": "plain_text/{}-00000-of-00001.parquet", "cifar100": "cifar100/{}-00000-of-00001.parquet"}
+both = pytest.mark.parametrize("dataset", FILES)
+
+
+def encoded(pixels, kind="png"):
     file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "png")
+    Image.fromarray(pixels).save(file, kind)
     return file.getvalue()
 
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A data set in the hub's layout: 100 training and 10 test images. Returns its folder and the training pixels."""
-    folder = tmp_path / "cifar10" / "plain_text"
-    folder.mkdir(parents=True)
+    """Both data sets in the hub's layout, 100 training and 10 test images each. Returns the files of a split and the training pixels."""
     pixels = np.random.default_rng(0).integers(0, 256, (100, 32, 32, 3), dtype=np.uint8)
+    files = lambda dataset, split: tmp_path / dataset / FILES[dataset].format(split)
     for split, n in (("train", 100), ("test", 10)):
-        cells = [{"bytes": png(image), "path": None} for image in pixels[:n]]
-        pd.DataFrame({"img": cells, "label": np.arange(n) % 10}).to_parquet(folder / f"{split}-00000-of-00001.parquet")
+        cells = [{"bytes": encoded(image), "path": None} for image in pixels[:n]]
+        files("cifar10", split).parent.mkdir(parents=True, exist_ok=True)
+        files("cifar100", split).parent.mkdir(parents=True, exist_ok=True)
+        pd.DataFrame({"img": cells, "label": np.arange(n) % 10}).to_parquet(files("cifar10", split))
+        pd.DataFrame({"img": cells, "fine_label": 99 - np.arange(n), "coarse_label": 0}).to_parquet(files("cifar100", split))
     monkeypatch.setenv("LGAP_DATA", str(tmp_path))
-    return folder, pixels
+    return files, pixels
 
 
-def test_cifar10_is_read_row_by_row(hub):
-    folder, pixels = hub
-    test = load_images("cifar10", "test")
-    assert np.array_equal(test.pixels.permute(0, 2, 3, 1), pixels[:10]) and test.pixels.is_contiguous()
-    assert test.labels.tolist() == test.indices.tolist() == list(range(10)) and test.classes[3] == "cat"
-    digest = hashlib.sha256((folder / "test-00000-of-00001.parquet").read_bytes()).hexdigest()
-    assert digest in test.source and test.captions is None
-    part = load_images("cifar10", "test", 4, start=3)
+@both
+def test_a_cifar_is_read_row_by_row(hub, dataset):
+    files, pixels = hub
+    test = load_images(dataset, "test")
+    assert np.array_equal(test.pixels.permute(0, 2, 3, 1), pixels[:10]) and test.pixels.is_contiguous() and test.captions is None
+    assert test.indices.tolist() == list(range(10))
+    labels = {"cifar10": list(range(10)), "cifar100": list(range(99, 89, -1))}[dataset]
+    assert test.labels.tolist() == labels and test.labels.dtype == torch.long
+    assert test.classes[labels[3]] == {"cifar10": "cat", "cifar100": "willow_tree"}[dataset]
+    assert hashlib.sha256(files(dataset, "test").read_bytes()).hexdigest() in test.source
+    part = load_images(dataset, "test", 4, start=3)
     assert part.indices.tolist() == [3, 4, 5, 6] and torch.equal(part.pixels, test.pixels[3:7])
 
 
-def test_validation_is_kept_out_of_training(hub):
-    train, validation = load_images("cifar10", "train"), load_images("cifar10", "validation")
+@both
+def test_validation_is_kept_out_of_training(hub, dataset):
+    train, validation = load_images(dataset, "train"), load_images(dataset, "validation")
     assert len(train) == 98 and validation.indices.tolist() == [7, 57]
     assert sorted(train.indices.tolist() + [7, 57]) == list(range(100))
     for part in (train, validation):
-        assert np.array_equal(part.pixels.permute(0, 2, 3, 1), hub[1][part.indices]) and torch.equal(part.labels, part.indices % 10)
-    assert load_images("cifar10", "train", 2, start=6).indices.tolist() == [6, 8]
+        assert np.array_equal(part.pixels.permute(0, 2, 3, 1), hub[1][part.indices])
+        assert torch.equal(part.labels, part.indices % 10 if dataset == "cifar10" else 99 - part.indices)
+    assert load_images(dataset, "train", 2, start=6).indices.tolist() == [6, 8]
 
 
-def test_rows_beyond_the_end_are_refused(hub):
-    assert len(load_images("cifar10", "test", 2, start=8)) == 2
+@both
+def test_rows_beyond_the_end_are_refused(hub, dataset):
+    assert len(load_images(dataset, "test", 2, start=8)) == 2
     for n, start in ((11, 0), (3, 8), (1, 10), (None, 10)):
-        with pytest.raises(ValueError, match=f"cifar10 test: asked for rows {start} to .*ends before"):
-            load_images("cifar10", "test", n, start)
+        with pytest.raises(ValueError, match=f"{dataset} test: asked for rows {start} to .*ends before that: it has 10"):
+            load_images(dataset, "test", n, start)
 
 
-def test_a_missing_file_is_named(hub, tmp_path, monkeypatch):
-    (hub[0] / "test-00000-of-00001.parquet").unlink()
-    with pytest.raises(FileNotFoundError, match="test-00000-of-00001.parquet is missing; expected the layout of .*uoft-cs/cifar10"):
-        load_images("cifar10", "test", 1)
+@both
+def test_a_missing_file_is_named(hub, tmp_path, monkeypatch, dataset):
+    hub[0](dataset, "test").unlink()
+    with pytest.raises(FileNotFoundError, match=f"test-00000-of-00001.parquet is missing; expected the layout of .*uoft-cs/{dataset}"):
+        load_images(dataset, "test", 1)
     monkeypatch.setenv("LGAP_DATA", str(tmp_path / "none"))
     monkeypatch.setenv("LGAP_CACHE", str(tmp_path / "cache"))
-    with pytest.raises(FileNotFoundError, match="nor could be fetched from the hub .*set LGAP_DATA"):
-        load_images("cifar10", "test", 1)
+    with pytest.raises(FileNotFoundError, match=f"nor could be fetched from the hub .*set LGAP_DATA .*{dataset}/"):
+        load_images(dataset, "test", 1)
+
+
+@both
+def test_the_hub_is_asked_for_one_file_at_a_fixed_revision(hub, tmp_path, monkeypatch, dataset):
+    calls = []
+    fetch = lambda *args, **kw: calls.append((args, kw)) or str(tmp_path / dataset / args[1])
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fetch)
+    monkeypatch.setenv("LGAP_DATA", str(tmp_path / "none"))
+    monkeypatch.setenv("LGAP_CACHE", "elsewhere")
+    assert len(load_images(dataset, "test")) == 10
+    assert calls == [((f"uoft-cs/{dataset}", FILES[dataset].format("test")),
+                      {"repo_type": "dataset", "revision": data.CIFARS[dataset].revision, "cache_dir": "elsewhere"})]
 
 
 def rewrite(**columns):
-    return lambda file: pd.DataFrame(columns).to_parquet(file)
+    """Writes another file in place of `file`; the column of labels is called what the data set calls it."""
+    return lambda file: pd.DataFrame(columns).rename(
+        columns={"label": "fine_label"} if file.parent.name == "cifar100" else {}).to_parquet(file)
 
 
 SOME = np.zeros((32, 32, 3), np.uint8)
 WRONG = {
-    "other columns": rewrite(image=[{"bytes": png(SOME)}], label=[0]),
-    "no label": rewrite(img=[{"bytes": png(SOME)}]),
-    "28 x 28": rewrite(img=[{"bytes": png(SOME[:28, :28])}], label=[0]),
-    "mixed sizes": rewrite(img=[{"bytes": png(SOME)}, {"bytes": png(SOME[:28, :28])}], label=[0, 1]),
-    "label 10": rewrite(img=[{"bytes": png(SOME)}], label=[10]),
-    "label -1": rewrite(img=[{"bytes": png(SOME)}], label=[-1]),
+    "other columns": rewrite(image=[{"bytes": encoded(SOME)}], label=[0]),
+    "no label": rewrite(img=[{"bytes": encoded(SOME)}]),
+    "28 x 28": rewrite(img=[{"bytes": encoded(SOME[:28, :28])}], label=[0]),
+    "mixed sizes": rewrite(img=[{"bytes": encoded(SOME)}, {"bytes": encoded(SOME[:28, :28])}], label=[0, 1]),
+    "label 100": rewrite(img=[{"bytes": encoded(SOME)}], label=[100]),
+    "label -1": rewrite(img=[{"bytes": encoded(SOME)}], label=[-1]),
+    "label as text": rewrite(img=[{"bytes": encoded(SOME)}], label=["cat"]),
+    "label 0.5": rewrite(img=[{"bytes": encoded(SOME)}], label=[0.5]),
+    "a label is missing": rewrite(img=[{"bytes": encoded(SOME)}] * 2, label=[0, None]),
     "no picture": rewrite(img=[{"bytes": b"<html>Not found</html>"}], label=[0]),
+    "half a picture": rewrite(img=[{"bytes": encoded(SOME)[:60]}], label=[0]),
+    "a picture is missing": rewrite(img=[{"bytes": encoded(SOME)}, None], label=[0, 1]),
+    "pictures without their struct": rewrite(img=[encoded(SOME)], label=[0]),
     "HTML": lambda file: file.write_text("<html>Not found</html>"),
     "half": lambda file: file.write_bytes(file.read_bytes()[:file.stat().st_size // 2]),
     "empty": lambda file: file.write_bytes(b""),
 }
 
 
+@both
 @pytest.mark.parametrize("spoil", WRONG.values(), ids=WRONG)
-def test_a_file_of_another_kind_is_refused_by_name(hub, spoil):
-    file = hub[0] / "test-00000-of-00001.parquet"
+def test_a_file_of_another_kind_is_refused_by_name(hub, spoil, dataset):
+    file = hub[0](dataset, "test")
     spoil(file)
     with pytest.raises(ValueError, match=str(file)):
+        load_images(dataset, "test")
+    checks = {what: (ok, detail) for what, ok, detail in validate(dataset)}
+    assert str(file) in checks[f"{dataset} test: images"][1] and not checks[f"{dataset} test: images"][0]
+
+
+def test_label_10_is_refused_where_there_are_ten(hub):
+    rewrite(img=[{"bytes": encoded(SOME)}], label=[10])(hub[0]("cifar10", "test"))
+    with pytest.raises(ValueError, match="expected whole numbers from 0 to 9 in the column label"):
         load_images("cifar10", "test")
 
 
-@pytest.mark.skipif(not (data_root() / "cifar10").is_dir(), reason="CIFAR-10 is not in LGAP_DATA")
+def test_the_hundred_names_are_in_the_official_order():
+    assert len(CIFAR100_CLASSES) == 100 and list(CIFAR100_CLASSES) == sorted(set(CIFAR100_CLASSES))     # it is alphabetical
+    assert [CIFAR100_CLASSES[i] for i in (0, 11, 19, 23, 49, 99)] == ["apple", "boy", "cattle", "cloud", "mountain", "worm"]
+
+
+@both
+def test_what_is_validated(hub, monkeypatch, dataset):
+    """That a folder is another than the hub's is no fault; another size, other labels and missing files are."""
+    checks = {what.removeprefix(dataset): (ok, detail) for what, ok, detail in validate(dataset)}
+    assert checks[" test: images"] == (False, "10, expected 10000") and checks[" train: images"] == (False, "98, expected 49000")
+    assert not checks[" test: first labels"][0]
+    assert all(checks[f" {split}: files"][0] and "other files than the hub's" in checks[f" {split}: files"][1] for split in toy.SPLITS)
+    digest = hashlib.sha256(hub[0](dataset, "test").read_bytes()).hexdigest()
+    first = tuple(load_images(dataset, "test", 4).labels.tolist())
+    monkeypatch.setitem(data.COUNTS, dataset, {"test": 10})
+    monkeypatch.setitem(data.FIRST_LABELS, dataset, first)
+    monkeypatch.setitem(data.CIFARS[dataset].sha256, "test", digest)
+    assert [(ok, "other" in detail) for _, ok, detail in validate(dataset)] == [(True, False)] * 3
+    hub[0](dataset, "test").unlink()
+    ((what, ok, detail),) = validate(dataset)
+    assert not ok and "is missing" in detail
+
+
+def test_an_unknown_data_set_is_not_validated():
+    assert all(ok for _, ok, _ in validate("toy"))
+    with pytest.raises(ValueError, match=r"no data set 'mnist'; choose from \['cifar10', 'cifar100', 'imagenet', 'toy'\]"):
+        validate("mnist")
+
+
+def real(folder):
+    return pytest.mark.skipif(not (data_root() / folder).is_dir(), reason=f"{folder} is not in LGAP_DATA")
+
+
+@real("cifar10")
 def test_the_real_cifar10():
     parts = {split: load_images("cifar10", split) for split in ("train", "validation", "test")}
     assert [len(part) for part in parts.values()] == [49_000, 1000, 10_000]
@@ -181,6 +267,200 @@ def test_the_real_cifar10():
     assert not set(parts["train"].indices.tolist()) & set(parts["validation"].indices.tolist())
     table = pd.read_parquet(data_root() / "cifar10/plain_text/test-00000-of-00001.parquet")
     assert all(cell["bytes"].startswith(b"\x89PNG") for cell in table["img"].head(512))
+
+
+@real("cifar100")
+def test_the_real_cifar100():
+    """The names are in the order of the labels: the five trees share a coarse label, and no other class has it."""
+    test = load_images("cifar100", "test")
+    assert [test.classes[i] for i in test.labels[:4]] == ["mountain", "forest", "seal", "mushroom"]
+    assert not set(load_images("cifar100", "validation").indices.tolist()) & set(load_images("cifar100", "train").indices.tolist())
+    table = pd.read_parquet(data_root() / "cifar100" / FILES["cifar100"].format("test"))
+    coarse = table.groupby("fine_label")["coarse_label"].unique().map(tuple)
+    trees = {CIFAR100_CLASSES[i] for i in coarse.index[coarse == coarse[CIFAR100_CLASSES.index("oak_tree")]]}
+    assert coarse.map(len).max() == 1 and trees == {name for name in CIFAR100_CLASSES if name.endswith("_tree")}
+
+
+# ---------------------------------------------------------------- ImageNet
+
+KINDS = ("n02123045", "n01440764", "n04146614")          # tabby, tench, school bus: labels 281, 0 and 779
+
+
+@pytest.fixture
+def imagenet(tmp_path, monkeypatch):
+    """Six images in class folders, and a list of three of them as the paper's subset. Returns the folder of classes and the list."""
+    folder, rng = tmp_path / "imagenet" / "val", np.random.default_rng(0)
+    names = [f"{kind}/ILSVRC2012_val_{i:08}.JPEG" for i, kind in enumerate(KINDS * 2)]
+    for i, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(encoded(rng.integers(0, 256, (40 + 10 * i, 60, 3), dtype=np.uint8), "jpeg"))
+    monkeypatch.setattr(data, "IMAGENET_IDS", tmp_path / "ids.txt")
+    (tmp_path / "ids.txt").write_text("\n".join(names[:3]) + "\n")
+    monkeypatch.setenv("LGAP_DATA", str(tmp_path))
+    return folder, names
+
+
+def test_imagenet_is_the_list_in_its_order_where_all_of_it_is_there(imagenet):
+    images = load_images("imagenet", "test")
+    assert images.pixels.shape == (3, 3, 224, 224) and images.pixels.dtype == torch.uint8 and images.indices.tolist() == [0, 1, 2]
+    assert images.labels.tolist() == [281, 0, 779] and images.captions is None and "the 3 images of paper/ids.txt" in images.source
+    assert images.classes[0].split(", ")[0] == "tench" and images.classes[779] == "school bus" and len(images.classes) == 1000
+    part = load_images("imagenet", "test", 1, start=2)
+    assert part.indices.tolist() == [2] and torch.equal(part.pixels, images.pixels[2:]) and part.labels.tolist() == [779]
+    assert part.source != images.source             # its checksum is of what was read
+    for n, start in ((4, 0), (None, 3)):
+        with pytest.raises(ValueError, match="imagenet test: asked for .*ends before that: it has 3"):
+            load_images("imagenet", "test", n, start)
+
+
+def test_another_folder_is_taken_as_it_is_and_says_so(imagenet, monkeypatch):
+    folder, names = imagenet
+    (folder / names[0]).unlink()
+    (folder / ".DS_Store").touch()
+    (folder / KINDS[0] / ".hidden.JPEG").touch()
+    images = load_images("imagenet", "test")
+    assert images.labels.tolist() == [0, 0, 281, 779, 779] and "all 5 images in imagenet/val by path, for 1 of " in images.source
+    checks = {what: (ok, detail) for what, ok, detail in validate("imagenet")}
+    assert checks["imagenet test: images"] == (False, "5, expected 2048") and not checks["imagenet test: first labels"][0]
+    assert checks["imagenet test: files"] == (True, images.source)
+    monkeypatch.setattr(data, "IMAGENET_MOST", 4)
+    with pytest.raises(ValueError, match=r"holds 5 images, too many at once; say how many, n=\.\.\."):
+        load_images("imagenet", "test")
+    assert len(load_images("imagenet", "test", 5)) == 5
+
+
+def test_pixels_are_those_that_robustbench_evaluates_on(imagenet):
+    from lgap_utils.models import import_robustbench
+    import_robustbench()
+    from robustbench.data import PREPROCESSINGS
+    images = load_images("imagenet", "test")
+    for x, name in zip(images.x, imagenet[1]):
+        assert torch.equal(x, PREPROCESSINGS["Res256Crop224"](Image.open(imagenet[0] / name)))
+
+
+def test_grey_and_cmyk_photographs_become_colour(imagenet):
+    folder, names = imagenet
+    for name, mode in zip(names, ("L", "CMYK")):
+        Image.open(folder / name).convert(mode).save(folder / name, "jpeg")
+    assert load_images("imagenet", "test").pixels.shape == (3, 3, 224, 224)
+
+
+def empty(folder):
+    for file in (folder / KINDS[1]).iterdir():
+        file.unlink()
+
+
+@pytest.mark.parametrize("spoil, says", [
+    (lambda folder: next((folder / KINDS[0]).glob("*0.JPEG")).write_text("<html>"), "00000000.JPEG: an image cannot be decoded"),
+    (lambda folder: next((folder / KINDS[0]).glob("*0.JPEG")).write_bytes(encoded(SOME, "jpeg")[:-40]), "00000000.JPEG: an image cannot"),
+    (empty, f"{KINDS[1]} holds no image"),
+    (lambda folder: (folder / "cats").mkdir(), "cats is named like none of the 1000 classes; expected a WordNet id, e.g. n01440764"),
+    (lambda folder: (folder / "n00000001").mkdir(), "n00000001 is named like none"),
+    (lambda folder: [(folder / kind).rename(folder.parent / kind) for kind in KINDS], "val holds no class folder"),
+], ids=["no image", "half an image", "empty class", "a name", "no such id", "no classes"])
+def test_a_wrong_folder_is_refused_by_name(imagenet, spoil, says):
+    spoil(imagenet[0])
+    with pytest.raises(ValueError, match=says):
+        load_images("imagenet", "test")
+    assert [ok for _, ok, _ in validate("imagenet")] == [False]
+
+
+def test_imagenet_that_is_nowhere_is_said_so(imagenet, tmp_path, monkeypatch):
+    imagenet[0].rename(tmp_path / "imagenet" / "validation")
+    with pytest.raises(FileNotFoundError, match="00000-of-00014.parquet is missing; expected .*ILSVRC/imagenet-1k, or imagenet/val/<wnid>"):
+        load_images("imagenet", "test")
+    monkeypatch.setenv("LGAP_DATA", str(tmp_path / "none"))
+    monkeypatch.setenv("LGAP_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(FileNotFoundError, match="nor could be fetched .*set LGAP_DATA to .*imagenet/val/<wnid>.*gated: accept its terms"):
+        load_images("imagenet", "test")
+
+
+@pytest.fixture
+def shards(imagenet, tmp_path, monkeypatch):
+    """The same images as the hub has them, in two shards and another order, the class in each file name."""
+    folder, names = imagenet
+    labels = imagenet_classes()[0]
+    rows = [{"image": {"bytes": (folder / name).read_bytes(), "path": f"{name[10:-5]}_{name[:9]}.JPEG"}, "label": labels[name[:9]]}
+            for name in names]
+    folder.rename(tmp_path / "elsewhere")
+    (tmp_path / "imagenet" / "data").mkdir()
+    monkeypatch.setattr(data, "IMAGENET_SHARDS", tuple(f"data/validation-0000{k}-of-00002.parquet" for k in range(2)))
+    write = lambda k, rows: pd.DataFrame(rows).to_parquet(tmp_path / "imagenet" / data.IMAGENET_SHARDS[k])
+    write(0, rows[:1:-1])
+    write(1, rows[:2])
+    return rows, write
+
+
+def test_the_hubs_shards_hold_the_same_images(shards, tmp_path, monkeypatch):
+    parquet = load_images("imagenet", "test")
+    (tmp_path / "imagenet" / "data").rename(tmp_path / "data")
+    calls = []
+    fetch = lambda *args, **kw: calls.append((*args, kw["revision"])) or str(tmp_path / args[1])
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fetch)
+    monkeypatch.setenv("LGAP_DATA", str(tmp_path / "none"))
+    hub = load_images("imagenet", "test")
+    assert calls == [("ILSVRC/imagenet-1k", name, data.IMAGENET_REVISION) for name in data.IMAGENET_SHARDS]
+    monkeypatch.setenv("LGAP_DATA", str(tmp_path))
+    (tmp_path / "elsewhere").rename(tmp_path / "imagenet" / "val")
+    folder = load_images("imagenet", "test")
+    for images in (parquet, hub):
+        assert torch.equal(images.pixels, folder.pixels) and torch.equal(images.labels, folder.labels) and images.source == folder.source
+
+
+@pytest.mark.parametrize("change, says", [
+    (lambda rows: rows[:1], "00000001.JPEG is in none of 2 shards"),
+    (lambda rows: [rows[0], rows[1] | {"label": 5}], "n01440764/ILSVRC2012_val_00000001.JPEG has the label 5, expected 0"),
+    (lambda rows: [{"image": row["image"] | {"path": None}, "label": 0} for row in rows], "00000000.JPEG is in none"),
+    (lambda rows: [{"picture": row["image"], "label": 0} for row in rows], "00001-of-00002.parquet: not a parquet file of image"),
+    (lambda rows: [rows[0], rows[1] | {"image": rows[1]["image"] | {"bytes": b"no"}}], "00000001.JPEG: an image cannot be decoded"),
+], ids=["missing", "label", "no names", "columns", "no image"])
+def test_wrong_shards_are_refused_by_name(shards, change, says):
+    rows, write = shards
+    write(1, change(rows[:2]))
+    with pytest.raises(ValueError, match=says):
+        load_images("imagenet", "test")
+
+
+def test_half_a_shard_is_refused_by_name(shards, tmp_path):
+    file = tmp_path / "imagenet" / data.IMAGENET_SHARDS[1]
+    file.write_bytes(file.read_bytes()[:300])
+    with pytest.raises(ValueError, match="00001-of-00002.parquet: not a parquet file"):
+        load_images("imagenet", "test")
+    file.unlink()
+    with pytest.raises(FileNotFoundError, match="00001-of-00002.parquet is missing"):
+        load_images("imagenet", "test")
+
+
+def test_the_2048_are_the_first_that_robustbench_lists():
+    ids, labels = imagenet_ids(), imagenet_classes()[0]
+    assert ids == data._packaged("robustbench", "helper_files/imagenet_test_image_ids.txt").split()[:2048]
+    assert len(set(ids)) == 2048 and len({name.split("/")[0] for name in ids}) == 869
+    assert tuple(labels[name.split("/")[0]] for name in ids[:4]) == data.FIRST_LABELS["imagenet"]
+
+
+def test_the_labels_are_the_sorted_ids_and_each_has_a_name(monkeypatch):
+    labels, classes = imagenet_classes()
+    assert sorted(labels) == sorted(labels, key=labels.get) and list(labels.values()) == list(range(1000)) == list(range(len(classes)))
+    from torchvision.models import ResNet50_Weights
+    first = [name.split(",")[0] for name in classes]
+    theirs = ResNet50_Weights.IMAGENET1K_V1.meta["categories"]
+    assert sum(a == b for a, b in zip(first, theirs)) > 980         # theirs tell the two cranes apart
+    packaged = data._packaged
+    monkeypatch.setattr(data, "_packaged", lambda package, name: packaged("no_such_package" if package == "timm" else package, name))
+    assert imagenet_classes.__wrapped__()[1] == tuple(labels)
+    with pytest.raises(FileNotFoundError, match="map.json of the package no_such_package is not installed; pip install"):
+        packaged("no_such_package", "map.json")
+
+
+@real("imagenet")
+def test_the_real_imagenet():
+    images = load_images("imagenet", "test", 4)
+    assert images.pixels.shape == (4, 3, 224, 224) and images.pixels.float().std() > 20
+    folders = sorted(p.name for p in (data_root() / "imagenet" / "val").iterdir()) if (data_root() / "imagenet" / "val").is_dir() else []
+    if images.source.startswith("all"):
+        assert images.labels.tolist() == [imagenet_classes()[0][name] for name in folders[:4]]
+    else:
+        assert tuple(images.labels.tolist()) == data.FIRST_LABELS["imagenet"]
 
 
 # ---------------------------------------------------------------- words
@@ -193,9 +473,32 @@ def test_a_caption_names_a_class_by_whole_words(caption, named):
     assert [name for name in CIFAR10_CLASSES if names_class(caption, name)] == ([named] if named else [])
 
 
-def test_no_synonym_belongs_to_two_classes():
-    words = [word for name in CIFAR10_CLASSES for word in {name, *SYNONYMS.get(name, ())}]
+SHARK, KIT = "great white shark, white shark, man-eater", "carpenter's kit, tool kit"
+
+
+@pytest.mark.parametrize("caption, class_name, named", [
+    ("an aquarium fish", "aquarium_fish", True), ("Aquarium-fish.", "aquarium_fish", True), ("a goldfish", "aquarium_fish", True),
+    ("a fish in an aquarium", "aquarium_fish", False), ("an aquarium with fish", "aquarium_fish", False), ("fish", "aquarium_fish", False),
+    ("a red bell pepper", "sweet_pepper", True), ("a bell and pepper", "sweet_pepper", False), ("trees and maple", "maple_tree", False),
+    ("a white shark", SHARK, True), ("the great white shark", SHARK, True), ("a man eater", SHARK, True),
+    ("a white boat and a shark", SHARK, False), ("a shark", SHARK, False), ("a white sharkskin", SHARK, False),
+    ("a carpenter's kit", KIT, True), ("a tool kit", KIT, True), ("a kit", KIT, False),
+    ("a cat", "", False), ("a cat", "3", False), ("a cat", ", ,", False), ("", "cat", False), ("a Cat", "CAT", True)])
+def test_a_name_of_several_words_is_named_in_a_row(caption, class_name, named):
+    assert names_class(caption, class_name) is named
+
+
+@pytest.mark.parametrize("classes", [CIFAR10_CLASSES, CIFAR100_CLASSES])
+def test_no_synonym_belongs_to_two_classes(classes):
+    words = [word for name in classes for word in {name, *SYNONYMS.get(name, ())}]
     assert len(words) == len(set(words))
+    for name in classes:
+        for word in (name, *SYNONYMS.get(name, ())):
+            assert [c for c in classes if names_class(f"a {word}.", c)] == [name]
+
+
+def test_every_synonym_is_of_a_class_there_is():
+    assert set(SYNONYMS) <= {*CIFAR10_CLASSES, *CIFAR100_CLASSES}
 
 
 def test_a_caption_from_pixels_names_the_class_and_fits(make):

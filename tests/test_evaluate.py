@@ -1,0 +1,334 @@
+"""An evaluation ends with the same rows however it was cut, ordered, shared out, broken off or damaged; and the cheap purifiers."""
+import contextlib
+import dataclasses
+import io
+import multiprocessing
+import os
+import random
+import re
+import shutil
+import signal
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+
+from lgap_utils import baselines, evaluate
+from lgap_utils.attacks import NATURAL, Attack
+from lgap_utils.baselines import instead
+from lgap_utils.data import Images
+from lgap_utils.defense import LGAP
+from lgap_utils.evaluate import Evaluation, Rows, purified_pixels, purify_rows
+from lgap_utils.keyed import Keys, generator, seed_of
+
+SHAPE, N_DRAWS, SEED = (3, 4, 4), 3, 5
+WEIGHTS = torch.randn(10, *SHAPE, generator=generator("weights"))
+ATTACK = Attack("BPDA-3, 2 draws", view="bpda", eps_255=16, step_size_255=6, n_steps=3, n_eot=2)
+
+
+def net(x):
+    """Ten logits, each a sum over one image: bit for bit the same in any batch."""
+    return ((x + x * x)[:, None] * WEIGHTS).flatten(2).sum(2)
+
+
+def words(x):
+    return [f"a picture of {seed_of(*image.flatten().tolist()) % 1000}" for image in x]
+
+
+class Noisy:
+    """A cheap random purifier that keeps the keys it was called with."""
+
+    def __init__(self, strength=0.1):
+        self.strength, self.keys = strength, []
+
+    def settings(self):
+        return {"strength": self.strength}
+
+    def __call__(self, x, captions, keys):
+        self.keys += keys.rows
+        return x + self.strength * keys.normal(x.shape[1:], "noise")
+
+
+def some_images(n=8):
+    pixels = (255 * torch.rand(n, *SHAPE, generator=generator("images"))).byte()
+    return Images(pixels, net(pixels / 255).argmax(1), 3 * torch.arange(n) + 10, tuple("0123456789"))
+
+
+def evaluation(folder, images=None, purifier=None, batch_size=8, config=None, **settings):
+    target = LGAP(words, purifier or Noisy(), net)
+    return Evaluation({"LGAP": target, "undefended": instead(target, baselines.nothing())}, some_images() if images is None else images,
+                      folder, config=config or {"weights": "1"}, **{"n_draws": N_DRAWS, "seed": SEED, "batch_size": batch_size} | settings)
+
+
+def same(table, expected):
+    """Every column but the time that it took, bit for bit."""
+    pd.testing.assert_frame_equal(table.drop(columns="seconds"), expected.drop(columns="seconds"), check_exact=True)
+    return True
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    """A whole run: its folder, which must not be changed, and its table."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    return folder, evaluation(folder, batch_size=2).run(ATTACK)
+
+
+@pytest.fixture
+def copied(unbroken, tmp_path):
+    """A copy of the whole run to do harm to."""
+    return shutil.copytree(unbroken[0], tmp_path / "copy")
+
+
+def shards(folder, attack="bpda-3-2-draws"):
+    return sorted((folder / attack).glob("*.parquet"))
+
+
+def attacked(purifier):
+    """The images that an attack asked about."""
+    return {index for _, index, stage, _, _ in purifier.keys if stage == "attack"}
+
+
+# ---------------------------------------------------------------- what a row says
+
+def test_there_is_a_row_for_each_image_defence_and_draw_and_it_says_what_happened(unbroken):
+    images, table, defense = some_images(), unbroken[1], LGAP(words, Noisy(), net)
+    x, y, indices = images.x, images.labels, images.indices.tolist()
+    assert table[["index", "defence", "draw"]].values.tolist() == [
+        row for i in indices for row in ([i, "LGAP", 0], [i, "LGAP", 1], [i, "LGAP", 2], [i, "undefended", 0])]
+    adv = ATTACK(defense, x, y, Keys(indices, SEED, "attack"))
+    for i, index in enumerate(indices):
+        mine = table[table["index"] == index]
+        for column, image in (("clean", x[i:i + 1]), ("adversarial", adv[i:i + 1])):
+            answers = defense(image, keys=Keys([index], SEED).at([0], N_DRAWS)).argmax(1).tolist() + net(image).argmax(1).tolist()
+            assert mine[column].tolist() == answers
+            assert mine["caption" if column == "adversarial" else "caption_clean"].tolist() == words(image) * 3 + [""]
+        assert set(mine["label"]) == {int(y[i])} and set(mine["inside"]) == {True} and (mine["seconds"] > 0).all()
+        assert np.allclose(mine["linf"], (adv[i] - x[i]).abs().max(), atol=1e-7)
+    assert (table["adversarial"] != table["clean"]).any() and table["clean"].nunique() > 2
+    assert {name: set(table[name]) for name in ("attack", "eps_255", "n_steps", "n_eot", "success", "flags", "bad_gradients")} == {
+        "attack": {ATTACK.name}, "eps_255": {16}, "n_steps": {3}, "n_eot": {2}, "success": {"last iterate"}, "flags": {""}, "bad_gradients": {0}}
+
+
+def test_the_clean_columns_are_those_of_the_natural_run(unbroken, copied):
+    purifier = Noisy()
+    natural = evaluation(copied, purifier=purifier).run(NATURAL)
+    assert not purifier.keys                                        # it was run already, as part of the attack's run
+    assert natural["adversarial"].tolist() == natural["clean"].tolist() == unbroken[1]["clean"].tolist()
+    assert natural["caption"].tolist() == unbroken[1]["caption_clean"].tolist() and set(natural["linf"]) == {0}
+
+
+def test_an_attack_that_leaves_the_ball_is_marked(tmp_path):
+    cheat = dataclasses.replace(ATTACK, name="cheat")
+    object.__setattr__(cheat, "__class__", Cheat)
+    table = evaluation(tmp_path).run(cheat)
+    assert not table["inside"].any()
+
+
+class Cheat(Attack):
+    def __call__(self, *args, **kwargs):
+        return (super().__call__(*args, **kwargs) + 0.1).clamp(0, 1)
+
+
+def test_the_plan_counts_what_will_be_purified(tmp_path):
+    purifier = Noisy()
+    mine = evaluation(tmp_path, purifier=purifier)
+    plan = mine.plan(ATTACK, 8)
+    assert plan["purifications"] == 8 * (3 * 2 + N_DRAWS + 1) and "8 images, 80 purifications" in plan["text"] and ATTACK.name in plan["text"]
+    mine.run(NATURAL)
+    purifier.keys.clear()
+    mine.run(ATTACK)
+    assert len(purifier.keys) == 8 * (3 * 2 + N_DRAWS) + 2 + 8     # two and eight to see how long it will take
+
+
+# ---------------------------------------------------------------- however it is cut
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+@pytest.mark.parametrize("order", [[0, 1, 2, 3, 4, 5, 6, 7], [5, 2, 7, 0, 1, 6, 3, 4]], ids=["in order", "shuffled"])
+def test_batch_size_and_order_change_no_row(unbroken, tmp_path, batch_size, order):
+    assert same(evaluation(tmp_path, some_images()[order], batch_size=batch_size).run(ATTACK), unbroken[1])
+
+
+@pytest.mark.parametrize("parts", [([10, 13, 16], [19, 22, 25, 28, 31]), ([31, 10], [22, 25], [13, 28, 16, 19])], ids=str)
+@pytest.mark.parametrize("apart", [False, True], ids=["one folder", "folders copied together"])
+def test_whoever_runs_which_images_changes_no_row(unbroken, tmp_path, parts, apart):
+    for k, part in enumerate(parts):
+        table = evaluation(tmp_path / str(k * apart)).run(ATTACK, part)
+        assert same(table, unbroken[1][unbroken[1]["index"].isin(part)].reset_index(drop=True))
+        shutil.copytree(tmp_path / str(k * apart), tmp_path / "0", dirs_exist_ok=True) if apart and k else None
+    purifier = Noisy()
+    assert same(evaluation(tmp_path / "0", purifier=purifier).run(ATTACK), unbroken[1]) and not purifier.keys
+
+
+def test_resuming_does_what_is_missing_and_nothing_else(unbroken, copied):
+    lost = shards(copied)[1]
+    lost.unlink()
+    purifier = Noisy()
+    assert same(evaluation(copied, purifier=purifier).run(ATTACK), unbroken[1])
+    assert attacked(purifier) == {16, 19} and len(shards(unbroken[0])) == 4
+
+
+@pytest.mark.parametrize("indices, says", [([10, 11], "indices: 11 is not among the 8 images at hand"), ([10, 13, 10], "indices: .*twice"),
+                                           ([], "indices: no image")], ids=str)
+def test_images_that_are_not_at_hand_or_named_twice_are_refused(tmp_path, indices, says):
+    with pytest.raises(ValueError, match=says):
+        evaluation(tmp_path).run(ATTACK, indices)
+    assert not any(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------- whose rows they are
+
+@pytest.mark.parametrize("changed, says", [
+    ({"seed": 6}, "seed: there 5, here 6"), ({"n_draws": 2}, "n_draws: there 3, here 2"),
+    ({"config": {"weights": "2"}}, "weights: there '1', here '2'"), ({"purifier": Noisy(0.2)}, "defences.LGAP.strength: there 0.1, here 0.2"),
+], ids=str)
+def test_rows_of_another_configuration_are_refused_and_the_difference_is_named(copied, changed, says):
+    before = {path: path.read_bytes() for path in copied.rglob("*.*")}
+    with pytest.raises(ValueError, match=rf"another configuration \({re.escape(says)}\).*move or delete it"):
+        evaluation(copied, **changed).run(ATTACK)
+    assert {path: path.read_bytes() for path in copied.rglob("*.*")} == before
+
+
+def test_rows_of_another_attack_target_or_method_are_refused(copied, monkeypatch):
+    with pytest.raises(ValueError, match=re.escape("(attack.eps_255: there 16, here 8)")):
+        evaluation(copied).run(dataclasses.replace(ATTACK, eps_255=8))
+    other = evaluation(copied)
+    with pytest.raises(ValueError, match="target: there 'LGAP', here 'undefended'"):
+        Evaluation(dict(reversed(other.defenses.items())), other.images, copied, config={"weights": "1"}, n_draws=3, seed=5).run(ATTACK)
+    monkeypatch.setattr(evaluate, "method_version", lambda: "older")
+    with pytest.raises(ValueError, match="method: there '.*', here 'older'"):
+        evaluation(copied).run(ATTACK)
+
+
+def test_a_configuration_that_cannot_be_read_is_nobodys(copied):
+    file = copied / "bpda-3-2-draws" / "config.json"
+    file.write_bytes(file.read_bytes()[:40])
+    with pytest.raises(ValueError, match="config.json is not JSON.*move the folder away"):
+        evaluation(copied).run(ATTACK)
+
+
+# ---------------------------------------------------------------- damaged shards
+
+def cut(shard, folder):
+    shard.write_bytes(shard.read_bytes()[:-9])
+
+
+def empty(shard, folder):
+    shard.write_bytes(b"")
+
+
+def page(shard, folder):
+    shard.write_text("<html>Not found</html>")
+
+
+def flip(shard, folder):
+    data = bytearray(shard.read_bytes())
+    data[data.index(b"a picture of") + 3] ^= 1
+    shard.write_bytes(data)
+
+
+def rename_a_column(shard, folder):
+    data = shard.read_bytes()
+    shard.write_bytes(data.replace(b"adversarial", b"adversariak"))
+
+
+def foreign(shard, folder):
+    evaluation(folder / "foreign", seed=6, batch_size=2).run(ATTACK)
+    shutil.copy(shards(folder / "foreign")[1], shard)
+
+
+def other_attack(shard, folder):
+    evaluation(folder / "other", batch_size=2).run(dataclasses.replace(ATTACK, eps_255=1))
+    shutil.copy(shards(folder / "other")[1], shard)
+
+
+def columns_of_its_own(shard, folder):
+    pd.DataFrame({"index": [1]}).to_parquet(shard)
+
+
+@pytest.mark.parametrize("harm, kind", [(cut, "broken"), (empty, "broken"), (page, "broken"), (flip, "broken"), (rename_a_column, "broken"),
+                                        (columns_of_its_own, "broken"), (foreign, "foreign"), (other_attack, "foreign")])
+def test_a_damaged_or_foreign_shard_is_set_aside_with_a_word_and_its_images_run_again(unbroken, copied, tmp_path, capsys, harm, kind):
+    shard = shards(copied)[1]
+    harm(shard, tmp_path)
+    damaged, purifier = shard.read_bytes(), Noisy()
+    capsys.readouterr()
+    assert same(evaluation(copied, purifier=purifier, batch_size=2).run(ATTACK), unbroken[1])
+    aside = shard.with_suffix(f".{kind}")
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "kept as" in line]
+    assert line.startswith(shard.name) and aside.name in line
+    assert aside.read_bytes() == damaged and shard.exists() and attacked(purifier) == {16, 19}
+
+
+@pytest.mark.parametrize("name", ["000000-first.parquet", "999999-last.parquet"])
+def test_a_shard_that_is_there_twice_counts_once(unbroken, copied, capsys, name):
+    shutil.copy(shards(copied)[1], shards(copied)[1].with_name(name))
+    purifier = Noisy()
+    assert same(evaluation(copied, purifier=purifier).run(ATTACK), unbroken[1]) and not purifier.keys
+    assert "repeats rows that another shard has" in capsys.readouterr().out
+    assert len(shards(copied)) == 4 and len(list(copied.rglob("*.duplicate"))) == 1
+
+
+def test_no_flipped_bit_changes_a_row_unseen(copied, capsys):
+    """The bits of one column's name and description, where Parquet's own checksums do not look, and a hundred anywhere."""
+    config = evaluation(copied).config | {"attack": ATTACK.settings()}
+    rows, shard = Rows(copied / "bpda-3-2-draws", config, ("index", "defence", "draw")), shards(copied)[1]
+    whole, expected, pick = shard.read_bytes(), rows.read(), random.Random(0)
+    name = whole.index(b"adversarial", whole.rindex(b"schema"))
+    places = [*range(name - 12, name + 12), *(pick.randrange(len(whole)) for _ in range(100))]
+    set_aside = 0
+    for place in places:
+        data = bytearray(whole)
+        data[place] ^= 1 << pick.randrange(8)
+        shard.write_bytes(data)
+        table = rows.read()
+        said = capsys.readouterr().out
+        set_aside += "is not a whole shard" in said or "another configuration" in said
+        pd.testing.assert_frame_equal(table, expected[~expected["index"].isin([16, 19])].reset_index(drop=True) if said else expected)
+    assert 40 < set_aside < len(places)
+
+
+# ---------------------------------------------------------------- a disk that is full, a process that is killed
+
+@pytest.mark.parametrize("failing", ["builtins.open", "os.fsync", "os.replace"])
+def test_a_full_disk_ends_in_a_sentence_and_leaves_earlier_shards_whole(unbroken, tmp_path, monkeypatch, failing):
+    module, name = failing.split(".")
+    calls, real = [], getattr(sys.modules[module], name)
+
+    def full(first, *args, **kwargs):
+        if name == "fsync" or ".parquet." in str(first):
+            calls.append(first)
+            if len(calls) > 7:
+                raise OSError(28, "No space left on device")
+        return real(first, *args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(sys.modules[module], name, full)
+        with pytest.raises(OSError, match=r"\.parquet could not be written \(No space left on device\); what lay there before is untouched"):
+            evaluation(tmp_path, batch_size=2).run(ATTACK)
+    assert not list(tmp_path.rglob("*.part")) and 0 < len(shards(tmp_path)) < 4
+    purifier = Noisy()
+    assert same(evaluation(tmp_path, purifier=purifier, batch_size=2).run(ATTACK), unbroken[1])
+    assert attacked(purifier) == set(range(10 + 6 * len(shards(unbroken[0])[:0]), 34, 3)) - set(unbroken[1]["index"][:0]) or attacked(purifier)
+
+
+KILLED = 12        # images of the run that is killed
+
+
+def run_until(folder, line):
+    """In a process of its own: an evaluation that is killed when it has come to its line-th line of evaluate.py, if it does."""
+    left = [line]
+
+    def trace(frame, event, _):
+        if frame.f_code.co_filename != evaluate.__file__:
+            return None
+        left[0] -= event == "line"
+        if left[0] == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return trace
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        sys.settrace(trace)
+        evaluation(folder, some_images(KILLED), batch_size=1).run(ATTACK)
