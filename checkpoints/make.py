@@ -29,7 +29,7 @@ RECIPES = {
                        "epochs": 2, "batch_size": 64, "augment": False},
         "captioner": {"width": 96, "layers": 4, "text_layers": 2, "epochs": 6},
         "vae": {"channels": (16, 32, 64), "latent_channels": 144, "epochs": 2, "kl": 1e-8},
-        "diffusion": {"channels": (64, 96), "text_width": 64, "epochs": 4, "cycles": 2},
+        "diffusion": {"channels": (64, 96), "text_width": 64, "epochs": (4,)},
     },
     "small": {
         "n": None, "flip": True,
@@ -37,7 +37,7 @@ RECIPES = {
                        "epochs": 10, "batch_size": 128, "augment": True, "small_epochs": 8},
         "captioner": {"width": 128, "layers": 4, "text_layers": 2, "epochs": 1.5},
         "vae": {"channels": (16, 32, 64), "latent_channels": 144, "epochs": 1.5, "kl": 1e-6},
-        "diffusion": {"channels": (64, 128), "text_width": 64, "epochs": 2, "cycles": 2},
+        "diffusion": {"channels": (64, 128), "text_width": 64, "epochs": (2, 1)},
     },
 }
 
@@ -147,14 +147,14 @@ def make_vae(profile, images, captions, work, out, device, flip=False, epochs=1,
     vae.half().save_pretrained(out / "diffusion" / "vae")
 
 
-def make_diffusion(profile, images, captions, work, out, device, flip=False, epochs=1, cycles=1, **sizes):
-    """`cycles` runs of `epochs` each, with the learning rate up and down again in each: more can be added to a trained model."""
+def make_diffusion(profile, images, captions, work, out, device, flip=False, epochs=(1,), **sizes):
+    """A run for each number of epochs, with the learning rate up and down again in each: more can be added to a trained model."""
     from diffusers import AutoencoderKL
     vae = AutoencoderKL.from_pretrained(out / "diffusion" / "vae", torch_dtype=torch.float32, low_cpu_mem_usage=False,
                                         local_files_only=True)
     purifier = new_diffusion(vae, captions, profile, device, **sizes)
-    for cycle in range(cycles):
-        train.train_diffusion(purifier, images, captions, work / f"cycle{cycle}", epochs=epochs, flip=flip, seed=cycle)
+    for cycle, n in enumerate(epochs):
+        train.train_diffusion(purifier, images, captions, work / f"cycle{cycle}", epochs=n, flip=flip, seed=cycle)
     for name in ("unet", "text_encoder"):
         getattr(purifier, name).half().save_pretrained(out / "diffusion" / name)
     purifier.tokenizer.save_pretrained(out / "diffusion" / "tokenizer")

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SIZES = {
     "classifier": {"depth": 10, "widen_factor": 1, "batch_size": 8},
     "vae": {"channels": (8, 16, 16), "latent_channels": 4},
-    "diffusion": {"channels": (16, 32), "text_width": 16},
+    "diffusion": {"channels": (16, 32), "text_width": 16, "epochs": ()},
 }
 
 
@@ -46,7 +46,7 @@ def profile(make, captions, tmp_path_factory):
     images = load_images("toy", "train", 8)
     for part, sizes in SIZES.items():
         torch.manual_seed(0)
-        make.PARTS[part](profile, images, captions[:8], tmp_path_factory.mktemp(part), out, "cpu", epochs=0, **sizes)
+        make.PARTS[part](profile, images, captions[:8], tmp_path_factory.mktemp(part), out, "cpu", **{"epochs": 0} | sizes)
     torch.manual_seed(0)
     captioner = make.new_captioner(captions, profile, "cpu", width=16, layers=1, text_layers=1)
     for weight in captioner.model.parameters():
