@@ -7,6 +7,7 @@ A view of a random defence is a `View`: it is also told the keys of the noise to
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import logging
 import math
@@ -43,7 +44,9 @@ class View:
 
     def captioned(self, x, indices):
         """This view, its captions frozen to those of x as it is."""
-        return type(self)(self.defense, dict(zip(indices, self.defense.caption(x))))
+        frozen = copy.copy(self)
+        frozen.captions = dict(zip(indices, self.defense.caption(x)))
+        return frozen
 
 
 class bpda(View):  # noqa: N801 - views are named like functions, as they are used
@@ -205,17 +208,19 @@ def gradient(model, x, y, keys=None, n_eot=1, average="gradient", batch_size=64)
 
 
 class Query:
-    """A `View` of one image as a plain model: each call draws afresh, keyed by the call's number. For foreign attacks."""
+    """A `View` as a plain model, for attacks of other libraries: every call draws afresh, keyed by the call's number.
 
-    def __init__(self, view, key):
-        self.view, self.key, self.calls = view, key, 0
+    keys: one for each image it will be asked about; n_draws: each answer is the mean of the logits over so many draws.
+    """
+
+    def __init__(self, view, keys, n_draws=1):
+        self.view, self.keys, self.n_draws, self.calls = view, keys, n_draws, 0
 
     def __call__(self, x):
-        keys = self.key[[0] * len(x)].at([self.calls] * len(x))
-        for draw, row in enumerate(keys.rows):          # the copies of the image differ in their draw
-            keys.rows[draw] = (*row[:4], draw)
+        keys = self.keys.at([self.calls] * len(self.keys), self.n_draws)
         self.calls += 1
-        return self.view(x, keys)
+        logits = self.view(x, keys).view(len(x), self.n_draws, -1).mean(1)
+        return logits + 0 * x.flatten(1).sum(1, keepdim=True)       # a zero gradient, and no error, where none passes
 
 
 class _Warnings(logging.Handler):
@@ -276,7 +281,7 @@ def autoattack(model, x, y, *, eps, keys, version="standard", attacks=None, n_qu
     for i in range(len(x)):
         one, label, key = x[i:i + 1], y[i:i + 1].to(x.device), keys[[i]]
         random = isinstance(model, View)
-        plain = Query(model, key) if random else model
+        plain = Query(model, key, n_eot if attacks else 1) if random else model
         with _isolated() as seen:
             library = AutoAttack(plain, eps=eps, version=version, attacks=list(attacks) if attacks else None, device=x.device,
                                  seed=seed_of(*key.rows[0]) % 2 ** 32)
@@ -351,11 +356,14 @@ class Attack:
                 raise ValueError(f"{name}={getattr(self, name)!r}: choose from {list(allowed)}")
         check_numbers(255, eps_255=self.eps_255, step_size_255=self.step_size_255)
         check_counts(n_steps=self.n_steps, n_eot=self.n_eot, n_restarts=self.n_restarts)
+        for name, plain in {"known_noise": False, "any_step": False, "n_restarts": 1, "average": "gradient"}.items():
+            if self.optimiser != "pgd" and getattr(self, name) != plain:
+                raise ValueError(f"{name}={getattr(self, name)!r}: only the optimiser 'pgd' has it, not {self.optimiser!r}")
 
     @property
     def success(self):
         """What counts as broken, in words."""
-        return "any step" if self.any_step else "last iterate"
+        return {"none": "none", "pgd": "any step" if self.any_step else "last iterate"}.get(self.optimiser, "the attack's best point")
 
     def settings(self):
         """The numbers that define the attack, by name."""
@@ -365,12 +373,14 @@ class Attack:
         """The protocol in a line, for a table."""
         if self.optimiser == "none":
             return "no attack"
-        what = {"pgd": f"PGD-{self.n_steps}, step {self.step_size_255:g}/255", "square": f"Square, {self.n_steps} queries",
-                "autoattack": f"AutoAttack {self.version}" + f", {self.n_steps} steps" * (self.n_steps != 100)}[self.optimiser]
+        what = {"pgd": f"PGD-{self.n_steps}, step {self.step_size_255:g}/255", "square": f"Square, {self.n_steps} queries, mean of {self.n_eot} draws",
+                "autoattack": f"AutoAttack {self.version}" + f", {self.n_steps} steps" * (self.n_steps != 100)
+                + f", {self.n_eot} draws" * (self.version == "rand")}[self.optimiser]
         extras = []
         if self.optimiser == "pgd":
             if self.view != "blind":
-                draws = "1 draw" if self.n_eot == 1 else f"{self.n_eot} draws, " + ("vote of signs" if self.average == "vote" else f"mean {self.average}")
+                average = "vote of signs" if self.average == "vote" else f"mean {self.average}"
+                draws = "1 draw" if self.n_eot == 1 else f"{self.n_eot} draws, {average}"
                 extras += [draws + (", the defender's own" if self.known_noise else "")]
             extras += ["random start"] * self.random_start + [f"{self.n_restarts} restarts"] * (self.n_restarts > 1) + [self.success]
         if self.view != "blind":
@@ -382,7 +392,7 @@ class Attack:
         if self.view == "blind" or self.optimiser == "none":
             return 0, 0
         looks = (self.n_steps + (self.any_step or self.n_restarts > 1)) * self.n_restarts   # the last iterate is looked at too
-        asked = {"pgd": looks * self.n_eot, "square": self.n_steps, "autoattack": 2 * self.n_steps * self.n_eot}[self.optimiser]
+        asked = {"pgd": looks * self.n_eot, "square": self.n_steps * self.n_eot, "autoattack": 2 * self.n_steps * self.n_eot}[self.optimiser]
         return (0, asked) if self.view == "full" and self.optimiser != "square" else (asked, 0)
 
     def __call__(self, defense, x, y, keys, batch_size=64, record=None, progress=None):
@@ -400,7 +410,7 @@ class Attack:
                        random_start=self.random_start, known_noise=self.known_noise, any_step=self.any_step,
                        n_restarts=self.n_restarts, batch_size=batch_size, **shared)
         if self.optimiser == "square":
-            return autoattack(model, x, y, version="custom", attacks=("square",), n_queries=self.n_steps, **shared)
+            return autoattack(model, x, y, version="custom", attacks=("square",), n_queries=self.n_steps, n_eot=self.n_eot, **shared)
         return autoattack(model, x, y, version=self.version, n_steps=self.n_steps, n_eot=self.n_eot, **shared)
 
 
@@ -420,7 +430,8 @@ ATTACKS = {attack.name: attack for attack in (
     Attack("PGD-20+EOT, full gradient", view="full", n_steps=20, n_eot=5),
     Attack("PGD-20+EOT, full gradient, clean caption", view="full", n_steps=20, n_eot=5, captions="clean"),
     Attack("PGD-20, full gradient, known noise", view="full", n_steps=20, known_noise=True),
-    Attack("Square", optimiser="square", view="full", n_steps=100),
+    Attack("Square", optimiser="square", view="full", n_steps=100, n_eot=4),
+    Attack("AutoAttack rand", optimiser="autoattack", view="full", version="rand", n_steps=100, n_eot=20),
 )}
 
 

@@ -39,7 +39,11 @@ def blur(sigma):
     """Gaussian blur (torchvision); sigma in pixels."""
     from torchvision.transforms.functional import gaussian_blur
     width = 2 * int(3 * sigma + 0.5) + 1
-    return Purifier(lambda x, keys: gaussian_blur(x, [width, width], [sigma, sigma]).clamp(0, 1), purifier="blur", sigma=sigma)
+
+    def function(x, keys):
+        y = gaussian_blur(x, [width, width], [sigma, sigma])
+        return y + (y.clamp(0, 1) - y).detach()     # mends rounding only, as `resize` does: black and white keep their gradient
+    return Purifier(function, purifier="blur", sigma=sigma)
 
 
 def jpeg(quality):
@@ -71,6 +75,15 @@ def without_caption(purifier):
             return purifier(x, [""] * len(x), keys)
     settings = purifier.settings() | {"purifier": "no caption", "guidance_scale": 1.0}
     return Purifier(function, random=True, **settings)
+
+
+def beside(defense, side):
+    """{name: LGAP} of the defence and of everything cheap behind the same classifier; side: pixels of an image's side."""
+    smaller = 3 * side // 4
+    others = {"LGAP without a caption": without_caption(defense.purifier), "VAE round trip": vae_round_trip(defense.purifier),
+              f"resize to {smaller} and back": resized(smaller), "Gaussian blur, 1 pixel": blur(1.0), "JPEG, quality 75": jpeg(75),
+              "undefended": nothing()}
+    return {"LGAP": defense} | {name: instead(defense, purifier) for name, purifier in others.items()}
 
 
 def instead(defense, purifier):

@@ -111,6 +111,11 @@ def load_images(dataset, split, n=None, start=0):
     return readers[dataset](split, n, start)
 
 
+def at_hand(dataset):
+    """Whether a data set's folder lies below LGAP_DATA, so that nothing would be fetched."""
+    return dataset == "toy" or (data_root() / dataset).is_dir()
+
+
 def classes_of(dataset):
     """The names of a data set's classes, in the order of its labels."""
     return toy.CLASSES if dataset == "toy" else imagenet_classes()[1] if dataset == "imagenet" else CIFARS[dataset].classes

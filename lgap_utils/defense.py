@@ -154,21 +154,21 @@ class LatentPurifier(nn.Module):
         """x = D(z_0), back in [0, 1]."""
         return (self.vae.decode(z / self.vae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1)
 
-    def step(self, z, t, text, guided):
-        """One guided DDIM step z_t -> z_{t'}: (z_{t'}, the z_0 it expects). `text` is [negative; caption] where guided."""
-        noise_pred = self.unet(torch.cat([z, z]) if guided else z, t, text).sample
-        if guided:
+    def step(self, z, t, text, scale):
+        """One DDIM step z_t -> z_{t'} at a guidance scale: (z_{t'}, the z_0 it expects). `text` is [negative; caption], at scale 1 [caption]."""
+        noise_pred = self.unet(torch.cat([z, z]) if scale != 1 else z, t, text).sample
+        if scale != 1:
             without, with_caption = noise_pred.chunk(2)
-            noise_pred = without + self.guidance_scale * (with_caption - without)
+            noise_pred = without + scale * (with_caption - without)
         out = self.scheduler.step(noise_pred, t, z)
         return out.prev_sample, out.pred_original_sample
 
     def forward(self, x, captions, keys=None, trace=None):
         keys = Keys.of_content(x) if keys is None else keys
         t_noise, times = noise_schedule(self.scheduler, self.strength, self.num_inference_steps, self.time_grid)
-        guided = self.guidance_scale != 1
+        scale = self.guidance_scale     # handed on by value: a step may be recomputed when `using` has ended
         text = self.embed(list(captions)).repeat_interleave(len(keys) // len(x), 0)
-        if guided:
+        if scale != 1:
             text = torch.cat([self.embed([self.negative_prompt]).expand_as(text), text])
 
         working = resize(x.to(self.device, self.dtype), (self.size, self.size))
@@ -179,7 +179,7 @@ class LatentPurifier(nn.Module):
             trace.times.append(t_noise)
             trace.latents.append(z.detach())
         for t in times:
-            z, expected = self._recomputed(self.step, z, t, text, guided)
+            z, expected = self._recomputed(self.step, z, t, text, scale)
             if trace is not None:
                 trace.times.append(t)
                 trace.latents.append(z.detach())

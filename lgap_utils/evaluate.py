@@ -44,6 +44,8 @@ class Rows:
             if changed := _difference(there, config):
                 raise ValueError(f"{self.folder} holds rows of another configuration ({'; '.join(changed)}); "
                                  "move or delete it, or set LGAP_OUTPUTS to another folder")
+            config = there                          # equal, but 8 may be written 8.0
+            self.owner = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
         else:
             write_whole(file, json.dumps(config, indent=1, sort_keys=True).encode())
 
@@ -119,8 +121,23 @@ def _difference(there, here, at=""):
 @functools.cache
 def method_version():
     """A digest of the code that decides a row, whatever its comments and layout: rows of another method are not mixed in."""
-    code = [ast.dump(ast.parse((Path(__file__).parent / name).read_text())) for name in ("keyed.py", "defense.py", "attacks.py")]
+    code = [ast.dump(ast.parse((Path(__file__).parent / name).read_text())) for name in ("keyed.py", "defense.py", "attacks.py", "baselines.py")]
     return hashlib.blake2b("".join(code).encode(), digest_size=6).hexdigest()
+
+
+def state_digest(module):
+    """Short digest of a module's parameters and buffers, so that a fine-tuned classifier is not taken for its start."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name, value in module.state_dict().items():
+        digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def identity(part):
+    """What a captioner, purifier or classifier is, as far as it can be told: its settings or name, and a digest of its weights."""
+    named = f"{getattr(part, '__module__', '')}.{getattr(part, '__qualname__', type(part).__name__)}"
+    digest = state_digest(part) if isinstance(part, torch.nn.Module) else None
+    return [part.settings() if hasattr(part, "settings") else named, digest]
 
 
 # ---------------------------------------------------------------- attacks, scored
@@ -139,7 +156,9 @@ class Evaluation:
         self.target = next(iter(self.defenses.values()))
         self.n_draws, self.seed, self.batch_size = n_draws, seed, batch_size
         self.device = next((p.device for p in self.target.parameters()), torch.device("cpu"))
-        parts = {name: getattr(d.purifier, "settings", lambda d=d: type(d.purifier).__name__)() for name, d in self.defenses.items()}
+        parts = {name: [*map(identity, (d.captioner, d.purifier, d.classifier)), d.input_size] for name, d in self.defenses.items()}
+        self.pixels = {int(i): hashlib.blake2b(image.tobytes(), digest_size=8).hexdigest()
+                       for i, image in zip(images.indices, images.pixels.numpy())}
         self.config = {**config, "target": next(iter(parts)), "defences": parts, "n_draws": n_draws, "seed": seed,
                        "method": method_version()}
 
@@ -165,8 +184,11 @@ class Evaluation:
             self._compute(attack, [places[i] for i in todo], rows)
         table = rows.read()
         table = table[table["index"].isin(wanted)].reset_index(drop=True)
+        if (other := table["image"] != table["index"].map(self.pixels)).any():
+            raise ValueError(f"{rows.folder}: image {table['index'][other].iloc[0]} is not the one at hand, so these are rows of other "
+                             "images; move or delete the folder, or set LGAP_OUTPUTS to another one")
         if natural is not None:
-            table = table.merge(natural[["index", "defence", "draw", "clean", "caption_clean"]], on=["index", "defence", "draw"], validate="1:1")
+            table = table.merge(natural[[*rows.key, "clean", "caption_clean"]], on=rows.key, validate="1:1")
         else:
             table = table.assign(clean=table["adversarial"], caption_clean=table["caption"])
         return table.assign(attack=attack.name, eps_255=attack.eps_255, n_steps=attack.n_steps, n_eot=attack.n_eot, success=attack.success)
@@ -179,7 +201,8 @@ class Evaluation:
         steps = attack.n_steps * attack.n_restarts if attack.optimiser == "pgd" else 1
         with tqdm(total=len(todo) * steps, desc=attack.name, unit="step", mininterval=2) as bar:
             for first in range(0, len(todo), size):
-                part, began, record = todo[first:first + size], time.perf_counter(), Record()
+                part, began = todo[first:first + size], time.perf_counter()
+                record = Record([-1] * len(part), [0] * len(part), [""] * len(part))        # for an attack that fills in nothing
                 x, y = self.images[part].x.to(self.device), self.images.labels[part]
                 indices = self.images.indices[part]
                 adv = attack(self.target, x, y, Keys(indices, self.seed, "attack"), batch_size=self.batch_size, record=record,
@@ -188,7 +211,7 @@ class Evaluation:
                 inside = (linf <= attack.eps_255 / 255 + 1e-6) & (adv.flatten(1).amin(1) >= 0) & (adv.flatten(1).amax(1) <= 1)
                 scored = {name: self.score(defense, adv, indices) for name, defense in self.defenses.items()}
                 each = (time.perf_counter() - began) / len(part)
-                rows.write([{"index": int(indices[k]), "label": int(y[k]), "defence": name, "draw": draw, "adversarial": prediction,
+                rows.write([{"index": int(indices[k]), "image": self.pixels[int(indices[k])], "label": int(y[k]), "defence": name, "draw": draw, "adversarial": prediction,
                              "caption": captions[k], "linf": float(linf[k]), "inside": bool(inside[k]), "broke_at": int(record.broke_at[k]),
                              "bad_gradients": int(record.bad_gradients[k]), "flags": record.flags[k], "seconds": each}
                             for name, (captions, predictions) in scored.items() for k in range(len(part))

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from .defense import LGAP, LatentPurifier
+from .evaluate import Evaluation, state_digest
 from .profiles import ROOT, Profile, cache_root, get_profile
 
 
@@ -271,9 +272,18 @@ def configuration(profile, defense):
 
 def evaluation(profile, folder, defenses, images):
     """An `evaluate.Evaluation` of {name: LGAP} on `images` with the profile's sizes, its rows below outputs/PROFILE/rows."""
-    from .evaluate import Evaluation
     return Evaluation(defenses, images, profile.outputs / "rows" / folder, config=configuration(profile, next(iter(defenses.values()))),
                       n_draws=profile.n_draws, seed=profile.seed, batch_size=profile.batch_size)
+
+
+def rivals(profile, defense, images, attack, folder):
+    """[(method, rows)] of the profile's robust classifiers that stand without purification, under one attack."""
+    from .baselines import instead, nothing
+    out = []
+    for method, name in profile.rivals:
+        rival = instead(load_defense(profile, classifier=name, captioner=defense.captioner, purifier=defense.purifier), nothing())
+        out.append((method, evaluation(profile, f"{folder}_{method.split()[0]}", {method: rival}, images).run(attack)))
+    return out
 
 
 def provenance(profile, defense):
@@ -292,14 +302,6 @@ def provenance(profile, defense):
             "versions": {name: version(name) for name in ("torch", "diffusers", "transformers", "robustbench", "pyautoattack", "scipy")},
             "python": platform.python_version(), "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
             "commit": git.stdout.strip() if git and git.returncode == 0 else None}
-
-
-def state_digest(module):
-    """Short digest of a module's parameters and buffers, so that a fine-tuned classifier is not taken for its start."""
-    digest = hashlib.blake2b(digest_size=8)
-    for name, value in module.state_dict().items():
-        digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def load_defense(profile="toy", *, classifier=None, captioner=None, purifier=None, device=None):
