@@ -373,7 +373,8 @@ class Attack:
         """The protocol in a line, for a table."""
         if self.optimiser == "none":
             return "no attack"
-        what = {"pgd": f"PGD-{self.n_steps}, step {self.step_size_255:g}/255", "square": f"Square, {self.n_steps} queries, mean of {self.n_eot} draws",
+        what = {"pgd": f"PGD-{self.n_steps}, step {self.step_size_255:g}/255",
+                "square": f"Square, {self.n_steps} queries, mean of {self.n_eot} draws",
                 "autoattack": f"AutoAttack {self.version}" + f", {self.n_steps} steps" * (self.n_steps != 100)
                 + f", {self.n_eot} draws" * (self.version == "rand")}[self.optimiser]
         extras = []
@@ -392,7 +393,7 @@ class Attack:
         if self.view == "blind" or self.optimiser == "none":
             return 0, 0
         looks = (self.n_steps + (self.any_step or self.n_restarts > 1)) * self.n_restarts   # the last iterate is looked at too
-        asked = {"pgd": looks * self.n_eot, "square": self.n_steps * self.n_eot, "autoattack": 2 * self.n_steps * self.n_eot}[self.optimiser]
+        asked = self.n_eot * {"pgd": looks, "square": self.n_steps, "autoattack": 2 * self.n_steps}[self.optimiser]
         return (0, asked) if self.view == "full" and self.optimiser != "square" else (asked, 0)
 
     def __call__(self, defense, x, y, keys, batch_size=64, record=None, progress=None):

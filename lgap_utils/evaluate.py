@@ -121,7 +121,8 @@ def _difference(there, here, at=""):
 @functools.cache
 def method_version():
     """A digest of the code that decides a row, whatever its comments and layout: rows of another method are not mixed in."""
-    code = [ast.dump(ast.parse((Path(__file__).parent / name).read_text())) for name in ("keyed.py", "defense.py", "attacks.py", "baselines.py")]
+    files = [Path(__file__).parent / f"{name}.py" for name in ("keyed", "defense", "attacks", "baselines")]
+    code = [ast.dump(ast.parse(file.read_text())) for file in files]
     return hashlib.blake2b("".join(code).encode(), digest_size=6).hexdigest()
 
 
@@ -137,7 +138,7 @@ def identity(part):
     """What a captioner, purifier or classifier is, as far as it can be told: its settings or name, and a digest of its weights."""
     named = f"{getattr(part, '__module__', '')}.{getattr(part, '__qualname__', type(part).__name__)}"
     digest = state_digest(part) if isinstance(part, torch.nn.Module) else None
-    return [part.settings() if hasattr(part, "settings") else named, digest]
+    return {"is": part.settings() if hasattr(part, "settings") else named, "weights": digest}
 
 
 # ---------------------------------------------------------------- attacks, scored
@@ -156,7 +157,8 @@ class Evaluation:
         self.target = next(iter(self.defenses.values()))
         self.n_draws, self.seed, self.batch_size = n_draws, seed, batch_size
         self.device = next((p.device for p in self.target.parameters()), torch.device("cpu"))
-        parts = {name: [*map(identity, (d.captioner, d.purifier, d.classifier)), d.input_size] for name, d in self.defenses.items()}
+        parts = {name: {part: identity(getattr(d, part)) for part in ("captioner", "purifier", "classifier")} | {"input_size": d.input_size}
+                 for name, d in self.defenses.items()}
         self.pixels = {int(i): hashlib.blake2b(image.tobytes(), digest_size=8).hexdigest()
                        for i, image in zip(images.indices, images.pixels.numpy())}
         self.config = {**config, "target": next(iter(parts)), "defences": parts, "n_draws": n_draws, "seed": seed,
@@ -211,8 +213,9 @@ class Evaluation:
                 inside = (linf <= attack.eps_255 / 255 + 1e-6) & (adv.flatten(1).amin(1) >= 0) & (adv.flatten(1).amax(1) <= 1)
                 scored = {name: self.score(defense, adv, indices) for name, defense in self.defenses.items()}
                 each = (time.perf_counter() - began) / len(part)
-                rows.write([{"index": int(indices[k]), "image": self.pixels[int(indices[k])], "label": int(y[k]), "defence": name, "draw": draw, "adversarial": prediction,
-                             "caption": captions[k], "linf": float(linf[k]), "inside": bool(inside[k]), "broke_at": int(record.broke_at[k]),
+                rows.write([{"index": int(indices[k]), "image": self.pixels[int(indices[k])], "label": int(y[k]), "defence": name,
+                             "draw": draw, "adversarial": prediction, "caption": captions[k], "linf": float(linf[k]),
+                             "inside": bool(inside[k]), "broke_at": int(record.broke_at[k]),
                              "bad_gradients": int(record.bad_gradients[k]), "flags": record.flags[k], "seconds": each}
                             for name, (captions, predictions) in scored.items() for k in range(len(part))
                             for draw, prediction in enumerate(predictions[k])])

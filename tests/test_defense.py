@@ -30,12 +30,15 @@ def uniform(*shape):
 
 @pytest.mark.parametrize("strength", [0.5, 0.1])
 @pytest.mark.parametrize("guidance_scale", [5.0, 1.0])
-def test_it_equals_the_pipeline_of_diffusers(purifier, images, monkeypatch, strength, guidance_scale):
+@pytest.mark.parametrize("prediction_type", ["epsilon", "sample"])
+def test_it_equals_the_pipeline_of_diffusers(purifier, images, monkeypatch, strength, guidance_scale, prediction_type):
+    predicts = {**STABLE_DIFFUSION, "prediction_type": prediction_type}
+    monkeypatch.setattr(purifier, "scheduler", models.ddim(predicts))
     p, x, keys = purifier, images.x[:2], Keys([4, 9], seed=3)
     draws = iter([keys.normal((4, 8, 8), "posterior"), keys.normal((4, 8, 8), "noise")])
     for module in (diffusers_vae, img2img):
         monkeypatch.setattr(module, "randn_tensor", lambda *_, **__: next(draws))
-    scheduler = DDIMScheduler(clip_sample=False, set_alpha_to_one=False, steps_offset=1, **STABLE_DIFFUSION)
+    scheduler = DDIMScheduler(clip_sample=False, set_alpha_to_one=False, steps_offset=1, **predicts)
     pipeline = StableDiffusionImg2ImgPipeline(p.vae, p.text_encoder, p.tokenizer, p.unet, scheduler, safety_checker=None,
                                               feature_extractor=None, requires_safety_checker=False)
     pipeline.set_progress_bar_config(disable=True)
@@ -69,7 +72,8 @@ def recorded(module):
 
 
 @pytest.mark.parametrize("strength, times", [(0.5, [501, *range(481, 0, -20)]), (0.1, [101, 81, 61, 41, 21, 1])])
-def test_every_step_is_the_ddim_formula(purifier, images, strength, times):
+def test_every_step_is_the_ddim_formula(purifier, images, strength, times, monkeypatch):
+    monkeypatch.setattr(purifier, "scheduler", models.ddim(STABLE_DIFFUSION))     # which predicts the noise
     p, x, keys, trace = purifier, images.x[:2], Keys(range(2)), Trace()
     with torch.no_grad(), p.using(strength=strength), recorded(p.unet) as calls:
         purified = p(x, WORDS[:2], keys, trace)

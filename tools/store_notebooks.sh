@@ -14,3 +14,7 @@ for notebook in notebooks/[0-9]*.ipynb; do
     "$python" -m nbstripout --keep-output --keep-count \
         --extra-keys "metadata.papermill cell.metadata.papermill cell.metadata.execution metadata.language_info" "$notebook"
 done
+# The tables that the README shows come from the same run.
+mkdir -p outputs/toy/tables
+cp "$LGAP_OUTPUTS"/toy/tables/* outputs/toy/tables/
+cp "$LGAP_OUTPUTS"/toy/results.json outputs/toy/
