@@ -307,6 +307,8 @@ def dynamic(x):
 
 def test_autoattack_flags_each_model_for_its_own_faults_and_leaves_the_process_as_it_was(quick):
     """One process, one model after another: the library counts over all of them, and takes over the trace function."""
+    from pyautoattack import checks
+    checks.funcs["grad"] += 1                               # as if somebody else had used the library before
     models = {"randomized": full(DEFENSE), "zero gradient": lambda x: net((8 * x).round() / 8), "dynamic": dynamic,
               "probability": lambda x: net(x).softmax(1), "": net}
     torch.manual_seed(1)
@@ -358,11 +360,49 @@ def test_of_the_points_that_autoattack_ends_at_the_one_with_the_highest_loss_is_
 ], ids=["standard", "rand", "rand, bpda", "square", "square, blind"])
 def test_autoattack_gives_an_image_the_same_result_whoever_comes_before(quick, model, settings):
     def run(order):
-        return autoattack(model, X[order], Y[order], keys=KEYS[order], **quick | settings)
+        with torch.random.fork_rng():
+            torch.manual_seed(len(order) + order[0])
+            return autoattack(model, X[order], Y[order], keys=KEYS[order], **quick | settings)
 
     together = run([0, 1, 2])
     assert torch.equal(torch.cat([run([i]) for i in (2, 0, 1)]), together[[2, 0, 1]])
     assert (together - X[:3]).abs().max() > 0.01
+
+
+def test_autoattack_is_seeded_by_the_key_of_each_image(quick):
+    twice = [0, 0]
+    adv = autoattack(net, X[twice], Y[twice], keys=KEYS[:2], version="custom", attacks=("square",), **quick)
+    assert not torch.equal(adv[0], adv[1])
+
+
+def test_apgd_is_as_the_library_makes_it_for_the_number_of_steps(quick, monkeypatch):
+    """The library plans its step sizes when it is built, and for 100 steps."""
+    from pyautoattack.autopgd_base import APGDAttack
+    used, names = [], ("n_iter", "n_iter_orig", "n_iter_2", "n_iter_min", "size_decr")
+    monkeypatch.setattr(APGDAttack, "perturb", lambda self, x, y, **_: used.append((self, self.eot_iter)) or x.clone())
+    attack = Attack("rand", optimiser="autoattack", view="full", version="rand", n_steps=40, n_eot=3)
+    attack(DEFENSE, X[:1], Y[:1], KEYS[:1])
+    made = APGDAttack(None, n_iter=40, eps=1)
+    assert [({name: getattr(apgd, name) for name in names}, n_eot) for apgd, n_eot in used] == [({name: getattr(made, name) for name in names}, 3)] * 2
+
+
+@pytest.mark.parametrize("n_eot", [1, 3])
+def test_square_sees_the_mean_logits_of_its_draws_and_fresh_ones_at_each_query(quick, monkeypatch, n_eot):
+    from pyautoattack.square import SquareAttack
+    purifier, answers, ask = Counted(noisy), [], SquareAttack.margin_and_loss
+    monkeypatch.setattr(SquareAttack, "margin_and_loss", lambda self, x, y: answers.append((x, self.predict(x))) or ask(self, x, y))
+    Attack("square", optimiser="square", view="full", n_steps=4, n_eot=n_eot)(LGAP(words, purifier, net), X[:1], Y[:1], KEYS[:1])
+    drawn = [row for _, _, keys in purifier.calls for row in keys.rows]
+    assert len(set(drawn)) == len(drawn) and {len(keys) for _, _, keys in purifier.calls} == {n_eot} and answers
+    for x, logits in answers:
+        keys = next(keys for at, _, keys in purifier.calls if torch.equal(at[:1], x))
+        assert torch.allclose(logits, full(DEFENSE)(x, keys).mean(0, keepdim=True), atol=1e-5)
+
+
+def test_autoattack_meets_a_defence_that_passes_no_gradient_without_an_error(quick):
+    record, defense = Record(), LGAP(words, lambda x, captions, keys: noisy(x.detach(), captions, keys), net)
+    autoattack(full(defense), X[:1], Y[:1], keys=KEYS[:1], version="rand", n_eot=2, record=record, **quick)
+    assert record.bad_gradients == [1] and "zero gradient" in record.flags[0]
 
 
 # ---------------------------------------------------------------- the grid
@@ -431,7 +471,9 @@ def test_labels_are_whole_numbers_in_a_tensor(y):
     ({"version": "custom"}, "version='custom'.*rand"), ({"eps_255": "8/255"}, "eps_255='8/255'"),
     ({"eps_255": -1}, r"eps_255=-1: expected a number in \[0, 255\]"), ({"eps_255": 256}, "eps_255=256"),
     ({"step_size_255": float("nan")}, "step_size_255=nan"), ({"n_steps": 0}, "n_steps=0"), ({"n_eot": "3"}, "n_eot='3'"),
-    ({"n_restarts": 0}, "n_restarts=0"), ({"steps": 3, "eot": 2}, "no field eot, steps; choose from.*n_steps"),
+    ({"n_restarts": 0}, "n_restarts=0"), ({"optimiser": "square", "known_noise": True}, "known_noise=True: only.*'pgd'.*'square'"),
+    ({"optimiser": "autoattack", "n_restarts": 2}, "n_restarts=2: only"), ({"optimiser": "autoattack", "any_step": True}, "any_step=True: only"),
+    ({"optimiser": "square", "average": "vote"}, "average='vote': only"), ({"steps": 3, "eot": 2}, "no field eot, steps; choose from.*n_steps"),
 ], ids=str)
 def test_a_wrong_field_of_an_attack_is_refused(wrong, says):
     with pytest.raises(ValueError, match=says):

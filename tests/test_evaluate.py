@@ -123,12 +123,12 @@ def test_the_clean_columns_are_those_of_the_natural_run(unbroken, copied):
 
 class Cheat(Attack):
     def __call__(self, *args, **kwargs):
-        return (super().__call__(*args, **kwargs) + 0.1).clamp(0, 1)
+        return (super().__call__(*args, **kwargs | {"record": None}) + 0.1).clamp(0, 1)
 
 
-def test_an_attack_that_leaves_the_ball_is_marked(tmp_path):
+def test_an_attack_that_leaves_the_ball_is_marked_and_one_that_reports_nothing_is_no_error(tmp_path):
     table = evaluation(tmp_path).run(Cheat(**dataclasses.asdict(ATTACK)))
-    assert not table["inside"].any() and (table["linf"] > 16 / 255 + 1e-6).all()
+    assert not table["inside"].any() and (table["linf"] > 16 / 255 + 1e-6).all() and set(table["broke_at"]) == {-1}
 
 
 def test_the_plan_counts_what_will_be_purified(tmp_path):
@@ -201,6 +201,32 @@ def test_rows_of_another_attack_target_or_method_are_refused(copied, monkeypatch
     monkeypatch.setattr(evaluate, "method_version", lambda: "older")
     with pytest.raises(ValueError, match="method: there '.*', here 'older'"):
         evaluation(copied).run(ATTACK)
+
+
+def test_another_classifier_or_another_image_of_the_same_index_is_refused(copied):
+    mine, other = evaluation(copied), torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 10))
+    with pytest.raises(ValueError, match="defences.LGAP.classifier.is: there '.*net', here '.*Sequential'"):
+        Evaluation({name: LGAP(words, d.purifier, other) for name, d in mine.defenses.items()}, mine.images, copied,
+                   config={"weights": "1"}, n_draws=N_DRAWS, seed=SEED).run(ATTACK)
+    changed = dataclasses.replace(mine.images, pixels=mine.images.pixels.clone())
+    changed.pixels[2, 0, 0, 0] ^= 1
+    with pytest.raises(ValueError, match="image 16 is not the one at hand.*rows of other images"):
+        evaluation(copied, changed).run(ATTACK)
+
+
+def test_weights_that_were_trained_further_are_another_classifier():
+    net = torch.nn.Linear(2, 2)
+    before = evaluate.identity(net)
+    assert evaluate.identity(net) == before
+    with torch.no_grad():
+        net.bias[0] += 1e-6
+    assert evaluate.identity(net)["weights"] != before["weights"] and evaluate.identity(net)["is"] == before["is"]
+
+
+def test_a_number_may_be_written_in_two_ways(unbroken, copied):
+    purifier = Noisy()
+    assert evaluation(copied, purifier=purifier).run(dataclasses.replace(ATTACK, eps_255=16.0))["label"].equals(unbroken[1]["label"])
+    assert not purifier.keys and not list(copied.rglob("*.foreign"))
 
 
 def test_a_configuration_that_cannot_be_read_is_nobodys(copied):
@@ -445,6 +471,13 @@ def test_without_a_caption_it_is_the_same_diffusion_with_an_empty_one_and_no_gui
         with pytest.raises(TypeError):
             baselines.without_caption(purifier)(x, None, None, "one argument too many")
         assert purifier.settings() == old
+
+
+def test_beside_stand_all_of_them_with_the_defence_first(defense, images):
+    defenses = baselines.beside(defense, 32)
+    told = [evaluate.identity(other.purifier)["is"] for other in defenses.values()]
+    assert next(iter(defenses.values())) is defense and all(told.count(one) == 1 for one in told) and len(told) == len(BASELINES) + 1
+    assert all(other.classifier is defense.classifier for other in defenses.values())
 
 
 def test_another_purifier_stands_before_the_same_classifier_and_captions_nothing(defense, images):
