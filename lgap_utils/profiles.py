@@ -135,7 +135,7 @@ SMALL = Profile(
     vae_sample=False,                   # most channels of its latent hold nothing, and their posterior is the prior
     size=32, num_inference_steps=10, n_images=512, n_finetune=3072, n_validation=256,
     n_adaptive=64, n_eot_images=64, n_full=16, n_draws=3,
-    tables={2: {"n_images": 256}, 4: {"eps_255": 4, "strength": 0.1}},
+    tables={2: {"n_images": 128}, 4: {"eps_255": 4, "strength": 0.1}},
 )
 PAPER = Profile(
     name="paper", about="BLIP, Stable Diffusion v1.5 and RobustBench's WRN-28-10 on CIFAR-10: a GPU and the model hub",

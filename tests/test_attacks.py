@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lgap_utils import attacks
-from lgap_utils.attacks import ATTACKS, VIEWS, Attack, Record, View, autoattack, bpda, full, get_attack, gradient, pgd
+from lgap_utils.attacks import ATTACKS, VIEWS, Attack, Query, Record, View, autoattack, bpda, full, get_attack, gradient, pgd
 from lgap_utils.defense import LGAP
 from lgap_utils.keyed import Keys, generator, seed_of
 
@@ -382,21 +382,19 @@ def test_apgd_is_as_the_library_makes_it_for_the_number_of_steps(quick, monkeypa
     monkeypatch.setattr(APGDAttack, "perturb", lambda self, x, y, **_: used.append((self, self.eot_iter)) or x.clone())
     attack = Attack("rand", optimiser="autoattack", view="full", version="rand", n_steps=40, n_eot=3)
     attack(DEFENSE, X[:1], Y[:1], KEYS[:1])
-    made = APGDAttack(None, n_iter=40, eps=1)
-    assert [({name: getattr(apgd, name) for name in names}, n_eot) for apgd, n_eot in used] == [({name: getattr(made, name) for name in names}, 3)] * 2
+    numbers = lambda apgd: [getattr(apgd, name) for name in names]
+    assert [numbers(apgd) for apgd, _ in used] == [numbers(APGDAttack(None, n_iter=40, eps=1))] * 2 and [n for _, n in used] == [3, 3]
 
 
 @pytest.mark.parametrize("n_eot", [1, 3])
-def test_square_sees_the_mean_logits_of_its_draws_and_fresh_ones_at_each_query(quick, monkeypatch, n_eot):
-    from pyautoattack.square import SquareAttack
-    purifier, answers, ask = Counted(noisy), [], SquareAttack.margin_and_loss
-    monkeypatch.setattr(SquareAttack, "margin_and_loss", lambda self, x, y: answers.append((x, self.predict(x))) or ask(self, x, y))
+def test_square_asks_for_the_mean_logits_of_fresh_draws(quick, n_eot):
+    purifier = Counted(noisy)
     Attack("square", optimiser="square", view="full", n_steps=4, n_eot=n_eot)(LGAP(words, purifier, net), X[:1], Y[:1], KEYS[:1])
     drawn = [row for _, _, keys in purifier.calls for row in keys.rows]
-    assert len(set(drawn)) == len(drawn) and {len(keys) for _, _, keys in purifier.calls} == {n_eot} and answers
-    for x, logits in answers:
-        keys = next(keys for at, _, keys in purifier.calls if torch.equal(at[:1], x))
-        assert torch.allclose(logits, full(DEFENSE)(x, keys).mean(0, keepdim=True), atol=1e-5)
+    assert len(set(drawn)) == len(drawn) and {len(keys) for _, _, keys in purifier.calls} == {n_eot}
+    query = Query(full(DEFENSE), KEYS[:1], n_eot)
+    for call in range(2):
+        assert torch.allclose(query(X[:1]), full(DEFENSE)(X[:1], KEYS[:1].at([call], n_eot)).mean(0, keepdim=True), rtol=0, atol=1e-5)
 
 
 def test_autoattack_meets_a_defence_that_passes_no_gradient_without_an_error(quick):
@@ -472,8 +470,10 @@ def test_labels_are_whole_numbers_in_a_tensor(y):
     ({"eps_255": -1}, r"eps_255=-1: expected a number in \[0, 255\]"), ({"eps_255": 256}, "eps_255=256"),
     ({"step_size_255": float("nan")}, "step_size_255=nan"), ({"n_steps": 0}, "n_steps=0"), ({"n_eot": "3"}, "n_eot='3'"),
     ({"n_restarts": 0}, "n_restarts=0"), ({"optimiser": "square", "known_noise": True}, "known_noise=True: only.*'pgd'.*'square'"),
-    ({"optimiser": "autoattack", "n_restarts": 2}, "n_restarts=2: only"), ({"optimiser": "autoattack", "any_step": True}, "any_step=True: only"),
-    ({"optimiser": "square", "average": "vote"}, "average='vote': only"), ({"steps": 3, "eot": 2}, "no field eot, steps; choose from.*n_steps"),
+    ({"optimiser": "autoattack", "n_restarts": 2}, "n_restarts=2: only"),
+    ({"optimiser": "square", "average": "vote"}, "average='vote': only"),
+    ({"optimiser": "autoattack", "any_step": True}, "any_step=True: only"),
+    ({"steps": 3, "eot": 2}, "no field eot, steps; choose from.*n_steps"),
 ], ids=str)
 def test_a_wrong_field_of_an_attack_is_refused(wrong, says):
     with pytest.raises(ValueError, match=says):

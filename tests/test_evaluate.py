@@ -354,30 +354,36 @@ def test_a_file_that_cannot_be_written_anew_stays_as_it_was(tmp_path, monkeypatc
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("file", b"old")]
 
 
-def run_until(folder, line):
-    """In a process of its own: an evaluation that is killed when it comes to its line-th line of evaluate.py, if it does."""
-    left = [line]
+def run_until(folder, line=None):
+    """An evaluation that kills its process when it comes to its line-th line of evaluate.py; the number of lines if it does not."""
+    ran, before = [0], sys.gettrace()
 
     def trace(frame, event, _):
         if frame.f_code.co_filename != evaluate.__file__:
             return None
-        left[0] -= event == "line"
-        if left[0] == 0:
+        ran[0] += event == "line"
+        if ran[0] == line:
             os.kill(os.getpid(), signal.SIGKILL)
         return trace
 
-    evaluate.tqdm.set_lock(threading.RLock())       # tqdm's own outlives a killed process, and Python complains
+    if line:
+        evaluate.tqdm.set_lock(threading.RLock())       # tqdm's own outlives a killed process, and Python complains
     with contextlib.redirect_stdout(io.StringIO()):
         sys.settrace(trace)
-        evaluation(folder, batch_size=1).run(ATTACK)
+        try:
+            evaluation(folder, batch_size=1).run(ATTACK)
+        finally:
+            sys.settrace(before)
+    return ran[0]
 
 
 def test_killed_at_twenty_random_moments_and_resumed_it_ends_with_the_same_rows(unbroken, tmp_path):
     """Moments are counted in lines that ran, not in seconds, so that they are the same on any machine."""
     context, pick, killed, finished = multiprocessing.get_context("forkserver"), random.Random(0), 0, 0
+    half = run_until(tmp_path / "unbroken") // 2
     context.set_forkserver_preload(["lgap_utils.evaluate", "pyarrow.parquet", "pytest"])        # else each process imports torch anew
     while killed < 20:
-        process = context.Process(target=run_until, args=(tmp_path / str(finished), pick.randint(1, 800)))
+        process = context.Process(target=run_until, args=(tmp_path / str(finished), pick.randint(1, half)))
         process.start()
         process.join()
         assert process.exitcode in (-signal.SIGKILL, 0)
