@@ -195,9 +195,10 @@ def audit(runs, *, defence="LGAP", stronger=(), eps_sweep=(), eps_zero=None, dou
     if len(eps_sweep) < 2:
         check("accuracy falls with eps", None, "no sweep")
     else:
-        means = [right[name].mean().mean() for name in eps_sweep]
+        each = pd.concat([right[name].mean() for name in eps_sweep], axis=1, keys=eps_sweep).dropna()     # the images all of them have
+        means = list(each.mean())
         check("accuracy falls with eps", all(a >= b - 1e-9 for a, b in zip(means, means[1:])), " > ".join(
-            f"{100 * m:.1f} % at {runs[n][0].eps_255:g}/255" for n, m in zip(eps_sweep, means)))
+            f"{100 * m:.1f} % at {runs[n][0].eps_255:g}/255" for n, m in zip(eps_sweep, means)) + f", {len(each)} images")
     for weaker, strong in stronger:
         what = f"{strong} is no weaker than {weaker}"
         if weaker not in own or strong not in own:

@@ -13,7 +13,7 @@ from lgap_utils.attacks import NATURAL, get_attack
 def rows_of(matrix, labels=None, defence="LGAP", **columns):
     """Rows of images x draws: matrix[i][d] is the label predicted for the adversarial image i in draw d; true labels are 0."""
     labels = labels or [0] * len(matrix)
-    plain = {"clean": 0, "inside": True, "linf": 8 / 255, "bad_gradients": 0, "flags": "", "broke_at": -1}
+    plain = {"clean": 0, "inside": True, "linf": 8 / 255, "bad_gradients": 0, "flags": "", "broke_at": -1, "seconds": 1.5}
     return pd.DataFrame([{**plain, "index": i, "label": labels[i], "defence": defence, "draw": d, "adversarial": guess, **columns}
                          for i, line in enumerate(matrix) for d, guess in enumerate(line)])
 
@@ -134,7 +134,17 @@ def test_accuracy_that_rises_with_eps_and_steps_that_still_help_are_warned_of():
     for first, second in itertools.permutations((good, bad)):
         runs = {"a": (get_attack("PGD-10", eps_255=4), first), "b": (get_attack("PGD-10"), second)}
         assert verdicts(runs, eps_sweep=("a", "b"))["accuracy falls with eps"] == ("pass" if first is good else "warn")
-        assert verdicts(runs, doubled=("a", "b"))["doubling the steps changes little"] == ("warn" if first is good else "pass")
+        assert verdicts(runs, doubled=("a", "b"))["doubling the steps changes little"] == "warn"      # a change in either direction
+    runs = {"a": (get_attack("PGD-10"), good), "b": (get_attack("PGD-10", n_steps=20), good)}
+    assert verdicts(runs, doubled=("a", "b"))["doubling the steps changes little"] == "pass"
+
+
+def test_rungs_of_different_size_are_compared_on_the_images_that_both_have():
+    few, many = rows_of([[0]] * 2), rows_of([[0]] * 2 + [[1]] * 8)
+    runs = {"eps 0": (get_attack("PGD-10", eps_255=0), many), "eps 8": (get_attack("PGD-10"), few)}
+    audit = report.audit(runs, eps_sweep=("eps 0", "eps 8"), stronger=[("eps 0", "eps 8")])
+    assert audit.loc["accuracy falls with eps", "verdict"] == "pass" and "2 images" in audit.loc["accuracy falls with eps", "detail"]
+    assert audit.loc["eps 8 is no weaker than eps 0", "detail"].startswith("of 2 images")
 
 
 def test_autoattacks_flags_are_shown():
