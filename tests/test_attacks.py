@@ -416,6 +416,14 @@ def test_each_named_attack_stays_inside_its_threat_model_and_says_what_it_is(qui
     assert "\n" not in attack.describe() and (attack.optimiser == "none" or f"eps {attack.eps_255:g}/255" in attack.describe())
 
 
+def test_every_number_of_an_attack_reaches_the_optimiser(monkeypatch):
+    seen, rest = {}, {"n_steps": 7, "n_eot": 3, "average": "vote", "random_start": False, "known_noise": True, "any_step": True,
+                      "n_restarts": 2}
+    monkeypatch.setattr(attacks, "pgd", lambda model, x, y, **settings: seen.update(settings) or x)
+    Attack("all", view="full", eps_255=4, step_size_255=1, **rest)(DEFENSE, X, Y, KEYS, batch_size=5)
+    assert seen == rest | {"eps": 4 / 255, "step_size": 1 / 255, "keys": KEYS, "batch_size": 5, "record": None, "progress": None}
+
+
 @pytest.mark.parametrize("settings", [{}, {"n_eot": 3}, {"any_step": True}, {"n_restarts": 2, "n_eot": 2}, {"view": "bpda"}], ids=str)
 def test_the_cost_of_an_attack_is_known_before_it_runs(settings):
     purifier = Counted(noisy)
