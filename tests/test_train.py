@@ -225,15 +225,18 @@ def test_the_vae_scales_its_latents_to_unit_variance(make, profile, tmp_path):
     assert math.isclose(z.std(), 1, rel_tol=1e-3) and vae.config.scaling_factor != 0.18215
 
 
-def test_the_diffusion_model_learns_to_see_noise(purifier, images, tmp_path):
+@pytest.mark.parametrize("prediction_type", ["epsilon", "sample"])
+def test_the_diffusion_model_learns_to_see_noise(purifier, images, tmp_path, prediction_type):
     """Its error falls, and below 1, which is what predicting nothing costs; only the UNet and the text encoder move."""
     p, noise, t = copy.deepcopy(purifier), torch.randn(8, 4, 8, 8, generator=generator("noise")), torch.arange(50, 450, 50)
 
     @torch.no_grad()
     def error():
-        z = p.scheduler.add_noise(p.vae.encode(2 * images.x - 1).latent_dist.mean * p.vae.config.scaling_factor, noise, t)
-        return (p.unet(z, t, p.embed(images.captions)).sample - noise).square().mean()
+        latent = p.vae.encode(2 * images.x - 1).latent_dist.mean * p.vae.config.scaling_factor
+        target = noise if prediction_type == "epsilon" else latent
+        return (p.unet(p.scheduler.add_noise(latent, noise, t), t, p.embed(images.captions)).sample - target).square().mean()
 
+    p.scheduler.register_to_config(prediction_type=prediction_type)
     before = error()
     train.train_diffusion(p, images, images.captions, tmp_path, epochs=30, batch_size=8, lr=0.01)
     assert error() < 0.92 * min(1, before)
