@@ -16,6 +16,6 @@ trap 'rm -rf "$outputs"' EXIT
 
 status=0
 "$python" -m pytest tests || status=$?
-LGAP_OUTPUTS=$outputs "$python" -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=300 \
+LGAP_OUTPUTS=$outputs "$python" -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=900 \
     --nbval-kernel-startup-timeout=120 --nbval-sanitize-with tests/nbval_sanitize.cfg notebooks || status=$?
 exit "$status"
