@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import itertools
 import logging
 import math
 import sys
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 
 from .defense import check_images
 from .keyed import seed_of
+from .memory import Room, in_parts
 
 # ---------------------------------------------------------------- views: what the attacker sees
 
@@ -106,7 +108,7 @@ def check_labels(y, n):
 
 
 def pgd(model, x, y, *, eps, step_size, n_steps, keys=None, random_start=True, n_eot=1, average="gradient", any_step=False,
-        n_restarts=1, known_noise=False, batch_size=64, record=None, progress=None):
+        n_restarts=1, known_noise=False, masked_by=None, batch_size=64, record=None, progress=None):
     """L-inf projected gradient ascent on the cross-entropy (Madry et al. 2018): adversarial images [n, 3, h, w] in [0, 1].
 
     x: images in [0, 1]; y: labels [n]; eps and step_size in pixels of [0, 1], so 8/255 and not 8. keys: one per image, for
@@ -115,7 +117,8 @@ def pgd(model, x, y, *, eps, step_size, n_steps, keys=None, random_start=True, n
     logits) or "vote" (sign of the summed signs, as the authors' code has it). known_noise: the attacker's draws are the
     defender's own, else they are fresh at each step. any_step: an image is given up as broken at the first iterate that
     the attacker sees misclassified, and returned as it is there; else the last iterate counts. n_restarts: an image that
-    stands at the end begins anew. batch_size: draws per call of the model; no result depends on it.
+    stands at the end begins anew. masked_by: another model; an image that it mislabels is not moved, as in the authors' BPDA, where
+    it is the classifier without purification. batch_size: draws per call of the model, a number or a `Room`; no result depends on it.
     progress(n): called with the number of steps done. Raises TypeError or ValueError for what cannot be meant.
 
     Images do not march in step: each has its own step number, so one that leaves makes room for the next.
@@ -123,7 +126,8 @@ def pgd(model, x, y, *, eps, step_size, n_steps, keys=None, random_start=True, n
     check_images(x)
     check_labels(y, len(x))
     check_numbers(1, eps=eps, step_size=step_size)
-    check_counts(n_steps=n_steps, n_eot=n_eot, n_restarts=n_restarts, batch_size=batch_size)
+    room = Room.of(batch_size)
+    check_counts(n_steps=n_steps, n_eot=n_eot, n_restarts=n_restarts, batch_size=room.size)
     if average not in AVERAGES:
         raise ValueError(f"no average {average!r}; choose from {list(AVERAGES)}")
     if keys is None and isinstance(model, View):
@@ -142,14 +146,22 @@ def pgd(model, x, y, *, eps, step_size, n_steps, keys=None, random_start=True, n
     looks_at_last = any_step or n_restarts > 1          # the last iterate is classified too, though no step follows
     live = list(range(len(x)))
     while live:
-        rows = live[:max(1, batch_size // n_eot)]
+        rows = live[:max(1, room.size // n_eot)]
         draws = None
         if keys is not None:
             steps = [0] * len(rows) if known_noise else [restart[i] * (n_steps + 1) + step[i] for i in rows]
             draws = keys[rows].at(steps, n_eot, "defence" if known_noise else None)
-        grad, right = gradient(model, adv[rows], y[rows].to(x.device), draws, n_eot, average, batch_size)
+        at_once = n_eot if average == "logits" else min(n_eot, room.size)           # draws of one image in a call
+        fits, found = room.try_(lambda: gradient(model, adv[rows], y[rows].to(x.device), draws, n_eot, average, room.size),
+                                len(rows) * (at_once if average != "logits" or len(rows) > 1 else 1))
+        if not fits:
+            continue
+        grad, right = found
         norm = grad.flatten(1).abs().sum(1)
         bad = (norm == 0) | ~torch.isfinite(norm)
+        if masked_by is not None:
+            with torch.no_grad():
+                grad = grad * (masked_by(adv[rows]).argmax(1) == y[rows].to(x.device)).view(-1, 1, 1, 1)
         moved = adv[rows] + step_size * grad.nan_to_num(0, 0, 0).sign()
         moved = (x[rows] + (moved - x[rows]).clamp(-eps, eps)).clamp(0, 1)
         for k, i in enumerate(rows):
@@ -256,21 +268,30 @@ def _isolated():
         sys.settrace(tracer)
 
 
-def autoattack(model, x, y, *, eps, keys, version="standard", attacks=None, n_queries=5000, n_steps=100, n_eot=20, record=None,
-               progress=None):
-    """AutoAttack (Croce and Hein 2020) through pyautoattack, one image at a time: adversarial images [n, 3, h, w].
+def blocks(indices, block):
+    """Places of the images that AutoAttack takes together: neighbours of equal index // block, each alone at block 1."""
+    of = (lambda place: place) if block == 1 else (lambda place: indices[place] // block)
+    return [list(places) for _, places in itertools.groupby(range(len(indices)), of)]
+
+
+def autoattack(model, x, y, *, eps, keys, version="standard", attacks=None, n_queries=5000, n_steps=100, n_eot=20, block=1,
+               record=None, progress=None):
+    """AutoAttack (Croce and Hein 2020) through pyautoattack, a block of images at a time: adversarial images [n, 3, h, w].
 
     version: "standard"; "rand" for a random defence (APGD-CE and APGD-DLR with n_eot draws a step); "custom" with `attacks`,
-    e.g. ("square",) with `n_queries`. One image at a time, seeded by its key: the library draws for a batch as a whole, and
-    its results would depend on who shares it. Where the model is a `View` each call draws fresh noise, and the point of the
-    highest loss is returned whether or not the library's last single draw was fooled; scoring is the evaluation's.
+    e.g. ("square",) with `n_queries`. block: neighbours of equal index // block go together, seeded by the first one's key. The
+    library draws for a batch as a whole, so an image's result depends on who shares its block: on nobody at 1. Where the model is a
+    `View` each call draws fresh noise, and the point of the highest loss is returned whether or not the library's last single draw
+    was fooled; scoring is the evaluation's.
     n_steps, n_eot: APGD's; 100 and 20 are AutoAttack's own. Raises TypeError or ValueError for what cannot be meant.
     """
     from pyautoattack import AutoAttack, checks
     check_images(x)
     check_labels(y, len(x))
     check_numbers(1, eps=eps)
-    check_counts(n_queries=n_queries, n_steps=n_steps, n_eot=n_eot)
+    check_counts(n_queries=n_queries, n_steps=n_steps, n_eot=n_eot, block=block)
+    if block > 1 and isinstance(model, View):
+        raise ValueError(f"block={block}: a view of a random defence is attacked one image at a time, its noise being the image's own")
     if version not in ("standard", "rand", "custom"):
         raise ValueError(f"no AutoAttack version {version!r}; choose from ['custom', 'rand', 'standard']")
     if bool(attacks) != (version == "custom"):
@@ -278,8 +299,8 @@ def autoattack(model, x, y, *, eps, keys, version="standard", attacks=None, n_qu
     if keys is None or len(keys) != len(x):
         raise ValueError(f"keys: got {0 if keys is None else len(keys)} for {len(x)} images, expected one each")
     out, flags = x.clone(), []
-    for i in range(len(x)):
-        one, label, key = x[i:i + 1], y[i:i + 1].to(x.device), keys[[i]]
+    for rows in blocks(keys.indices, block):
+        some, labels, key = x[rows], y[rows].to(x.device), keys[rows[:1]]
         random = isinstance(model, View)
         plain = Query(model, key, n_eot if attacks else 1) if random else model
         with _isolated() as seen:
@@ -291,14 +312,14 @@ def autoattack(model, x, y, *, eps, keys, version="standard", attacks=None, n_qu
             library.apgd.eot_iter = n_eot if version == "rand" else 1
             library.square.n_queries = n_queries
             if random and version != "standard":
-                checks.check_range_output(plain, one, logger=library.logger)
-                checks.check_dynamic(plain, one, logger=library.logger)
-                out[i] = _strongest(library, model, one, label, key, n_eot)
+                checks.check_range_output(plain, some, logger=library.logger)
+                checks.check_dynamic(plain, some, logger=library.logger)
+                out[rows] = _strongest(library, model, some, labels, key, n_eot)
             else:
-                out[i] = library.run_standard_evaluation(one, label, batch_size=1)[0][0]
-        flags.append("; ".join(dict.fromkeys(seen)))
+                out[rows] = library.run_standard_evaluation(some, labels, batch_size=len(some))[0]
+        flags += ["; ".join(dict.fromkeys(seen))] * len(some)
         if progress:
-            progress(1)
+            progress(len(some))
     if record is not None:
         record.flags, record.bad_gradients = flags, [int("zero gradient" in f) for f in flags]
         record.broke_at = [-1] * len(x)
@@ -344,9 +365,11 @@ class Attack:
     random_start: bool = True           # paper silent
     known_noise: bool = False           # the attacker's draws are the defender's
     captions: str = "anew"              # paper silent: "anew" at every step, or those of the "clean" image throughout
+    masked: bool = False                # the authors' code: an image stops moving once the bare classifier is fooled
     any_step: bool = False              # paper silent: broken at any iterate, or judged at the last
     n_restarts: int = 1                 # paper silent
     version: str = "standard"           # AutoAttack's
+    block: int = 1                      # images that AutoAttack takes at a time; at more than 1 they share draws
 
     def __post_init__(self):
         choices = {"optimiser": ("none", "pgd", "autoattack", "square"), "view": tuple(VIEWS), "average": AVERAGES,
@@ -355,8 +378,10 @@ class Attack:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r}: choose from {list(allowed)}")
         check_numbers(255, eps_255=self.eps_255, step_size_255=self.step_size_255)
-        check_counts(n_steps=self.n_steps, n_eot=self.n_eot, n_restarts=self.n_restarts)
-        for name, plain in {"known_noise": False, "any_step": False, "n_restarts": 1, "average": "gradient"}.items():
+        check_counts(n_steps=self.n_steps, n_eot=self.n_eot, n_restarts=self.n_restarts, block=self.block)
+        if self.block > 1 and (self.optimiser != "autoattack" or self.view != "blind"):
+            raise ValueError(f"block={self.block}: only AutoAttack on the blind view takes more than one image at a time")
+        for name, plain in {"known_noise": False, "masked": False, "any_step": False, "n_restarts": 1, "average": "gradient"}.items():
             if self.optimiser != "pgd" and getattr(self, name) != plain:
                 raise ValueError(f"{name}={getattr(self, name)!r}: only the optimiser 'pgd' has it, not {self.optimiser!r}")
 
@@ -376,13 +401,14 @@ class Attack:
         what = {"pgd": f"PGD-{self.n_steps}, step {self.step_size_255:g}/255",
                 "square": f"Square, {self.n_steps} queries, mean of {self.n_eot} draws",
                 "autoattack": f"AutoAttack {self.version}" + f", {self.n_steps} steps" * (self.n_steps != 100)
-                + f", {self.n_eot} draws" * (self.version == "rand")}[self.optimiser]
+                + f", {self.n_eot} draws" * (self.version == "rand") + f", blocks of {self.block}" * (self.block > 1)}[self.optimiser]
         extras = []
         if self.optimiser == "pgd":
             if self.view != "blind":
                 average = "vote of signs" if self.average == "vote" else f"mean {self.average}"
                 draws = "1 draw" if self.n_eot == 1 else f"{self.n_eot} draws, {average}"
                 extras += [draws + (", the defender's own" if self.known_noise else "")]
+                extras += ["masked by the bare classifier"] * self.masked
             extras += ["random start"] * self.random_start + [f"{self.n_restarts} restarts"] * (self.n_restarts > 1) + [self.success]
         if self.view != "blind":
             extras += [{"anew": "captions anew", "clean": "caption of the clean image"}[self.captions]]
@@ -409,10 +435,10 @@ class Attack:
         if self.optimiser == "pgd":
             return pgd(model, x, y, step_size=self.step_size_255 / 255, n_steps=self.n_steps, n_eot=self.n_eot, average=self.average,
                        random_start=self.random_start, known_noise=self.known_noise, any_step=self.any_step,
-                       n_restarts=self.n_restarts, batch_size=batch_size, **shared)
+                       masked_by=blind(defense) if self.masked else None, n_restarts=self.n_restarts, batch_size=batch_size, **shared)
         if self.optimiser == "square":
             return autoattack(model, x, y, version="custom", attacks=("square",), n_queries=self.n_steps, n_eot=self.n_eot, **shared)
-        return autoattack(model, x, y, version=self.version, n_steps=self.n_steps, n_eot=self.n_eot, **shared)
+        return autoattack(model, x, y, version=self.version, n_steps=self.n_steps, n_eot=self.n_eot, block=self.block, **shared)
 
 
 NATURAL = Attack("natural", optimiser="none", eps_255=0)
@@ -448,5 +474,4 @@ def get_attack(attack, /, **overrides):
 
 def in_batches(attack, x, y, keys=None, batch_size=128):
     """`attack(x, y, keys)` over slices of a large set; the slices change no result, as keys belong to images."""
-    parts = [slice(i, i + batch_size) for i in range(0, len(x), batch_size)]
-    return torch.cat([attack(x[p], y[p], None if keys is None else keys[p]) for p in parts])
+    return torch.cat(in_parts(lambda p: attack(x[p], y[p], None if keys is None else keys[p]), len(x), batch_size))

@@ -63,9 +63,10 @@ def jpeg(quality):
 def vae_round_trip(purifier):
     """The latent purifier's autoencoder alone: encoded and decoded, no noise added, nothing denoised."""
     def function(x, keys):
-        working = resize(x.to(purifier.device, purifier.dtype), (purifier.size, purifier.size))
-        return resize(purifier.decode(purifier.encode(working, keys)), x.shape[-2:]).to(x)
-    return Purifier(function, random=purifier.vae_sample, purifier="VAE round trip", size=purifier.size, vae_sample=purifier.vae_sample)
+        working = purifier.resize(x.to(purifier.device, torch.promote_types(purifier.dtype, torch.float32)), (purifier.size, purifier.size))
+        return purifier.resize(purifier.decode(purifier.encode(working, keys)), x.shape[-2:]).to(x)
+    names = ("size", "vae_sample", "antialias", "vae_input", "dtype")
+    return Purifier(function, random=purifier.vae_sample, purifier="VAE round trip", **{n: purifier.settings()[n] for n in names})
 
 
 def without_caption(purifier):

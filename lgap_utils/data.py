@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from . import toy
+from .files import CheckpointError, check, locked
 from .profiles import ROOT, cache_root, data_root
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -47,16 +48,13 @@ class Cifar:
     file: str               # with {} for train or test
     label: str
     classes: tuple
-    sha256: dict            # of the files at that revision
 
 
 CIFARS = {
     "cifar10": Cifar("uoft-cs/cifar10", "0b2714987fa478483af9968de7c934580d0bb9a2", "plain_text/{}-00000-of-00001.parquet", "label",
-                     CIFAR10_CLASSES, {"train": "8428b53a88a11ac374111006708df51469e315a22ac6d66470afd9c78d2ae883",
-                                       "test": "841389e6f2d64f28bf17310e430aebac20ec3ba611a3c5e231dc93c645ce84de"}),
+                     CIFAR10_CLASSES),
     "cifar100": Cifar("uoft-cs/cifar100", "aadb3af77e9048adbea6b47c21a81e47dd092ae5", "cifar100/{}-00000-of-00001.parquet", "fine_label",
-                      CIFAR100_CLASSES, {"train": "694865d6b990e234804f01268586c41e88bcbbb75e20858432c05ad4081aca23",
-                                         "test": "98776c529bb146a9c791229df74a5cf076be9b43d82dbbd334b6a7788d73dc68"}),
+                      CIFAR100_CLASSES),
 }
 IMAGENET, IMAGENET_REVISION = "ILSVRC/imagenet-1k", "49e2ee26f3810fb5a7536bbf732a7b07389a47b5"
 IMAGENET_SHARDS = tuple(f"data/validation-{k:05}-of-00014.parquet" for k in range(14))
@@ -92,20 +90,24 @@ class Images:
         return Images(self.pixels[part], self.labels[part], self.indices[part], self.classes, captions, self.source)
 
 
-def load_images(dataset, split, n=None, start=0):
+def load_images(dataset, split, n=None, start=0, crop=None):
     """Rows start .. start + n - 1 of a split ("train", "validation" or "test") of "toy", "cifar10", "cifar100" or "imagenet".
 
     n None means all of a finite data set. A CIFAR's validation part is every 50th row of the train split, and is left out of "train".
     ImageNet has only "test": rows of the list paper/imagenet_2048.txt where LGAP_DATA/imagenet/val holds all of these (or the hub is
     reached), else of all images below it, sorted by relative path; `source` says which. Its pixels are resized to a short side of 256
-    and cropped to 224 x 224, as RobustBench does; its class names are comma-separated alternatives ("great white shark, white shark").
+    and cropped to 224 x 224, as RobustBench does; with `crop`, the middle of so many pixels of the image as it is, as RobustBench's
+    Crop288 (black where the image is smaller); its class names are comma-separated alternatives ("great white shark, white shark").
     Raises ValueError for unknown names, for rows that do not exist and for files of another kind, FileNotFoundError for missing data.
     """
-    readers = {"toy": _toy, "imagenet": _imagenet} | {name: functools.partial(_cifar, name) for name in CIFARS}
+    readers = {name: functools.partial(_cifar, name) for name in CIFARS}
+    readers |= {"toy": _toy, "imagenet": functools.partial(_imagenet, crop=crop)}
     if dataset not in readers:
         raise ValueError(f"no data set {dataset!r}; choose from {sorted(readers)}")
     if split not in toy.SPLITS:
         raise ValueError(f"no split {split!r}; choose from {sorted(toy.SPLITS)}")
+    if crop is not None and dataset != "imagenet":
+        raise ValueError(f"crop={crop!r}: only imagenet is cropped, not {dataset!r}")
     if start < 0 or (n is not None and n < 1):
         raise ValueError(f"n={n}, start={start}: expected n >= 1 and start >= 0")
     return readers[dataset](split, n, start)
@@ -183,7 +185,7 @@ def imagenet_ids():
     return [line for line in IMAGENET_IDS.read_text().split("\n") if line and not line.startswith("#")]
 
 
-def _imagenet(split, n, start):
+def _imagenet(split, n, start, crop=None):
     if split != "test":
         raise ValueError(f"imagenet has no split {split!r} here, only 'test': the paper trains nothing on it")
     labels, classes = imagenet_classes()
@@ -202,8 +204,9 @@ def _imagenet(split, n, start):
         names = _part(names, "imagenet test", n, start)
         images = _imagenet_shards(names, labels)
     from torchvision import transforms
-    crop = transforms.Compose([transforms.Resize(256), transforms.CenterCrop(224)])     # RobustBench's Res256Crop224: bilinear
-    pixels, digest = _decode(images, 224, crop)
+    # RobustBench's Res256Crop224, which is bilinear, or its Crop288
+    prepare = transforms.CenterCrop(crop) if crop else transforms.Compose([transforms.Resize(256), transforms.CenterCrop(224)])
+    pixels, digest = _decode(images, crop or 224, prepare)
     indices = torch.arange(start, start + len(names))
     return Images(pixels, torch.tensor([labels[name.split("/")[0]] for name in names]), indices, classes, None,
                   f"{source}; rows {start} to {indices[-1]} sha256 {digest}")
@@ -283,10 +286,17 @@ def _hub_files(folder, repository, revision, names, instead=None):
         return [root / name for name in names]
     from huggingface_hub import hf_hub_download
     try:
-        return [Path(hf_hub_download(repository, name, repo_type="dataset", revision=revision, cache_dir=cache_root())) for name in names]
+        where = {"repo_type": "dataset", "revision": revision, "cache_dir": cache_root()}
+        paths = [Path(hf_hub_download(repository, name, **where)) for name in names]
     except Exception as error:  # the hub's client raises many kinds; all mean the same to the user
         raise FileNotFoundError(f"{repository} is neither in {root} nor could be fetched from the hub ({type(error).__name__}); "
                                 f"set LGAP_DATA to a folder that holds {instead or f'{folder}/{names[0]}'}") from None
+    try:
+        for path, name in zip(paths, names):
+            check(path, f"{repository}@{revision}", name, "fetch it again")
+    except CheckpointError as error:
+        raise ValueError(str(error)) from None
+    return paths
 
 
 def validate(dataset):
@@ -311,7 +321,10 @@ def validate(dataset):
         if split == "test":
             first, expected = tuple(images.labels[:4].tolist()), FIRST_LABELS[dataset]
             checks.append((f"{what}: first labels", first == expected, f"{first}, expected {expected}"))
-        known = CIFARS[dataset].sha256["test" if split == "test" else "train"] if dataset in CIFARS else images.source
+        known = images.source
+        if cifar := CIFARS.get(dataset):
+            file = cifar.file.format("test" if split == "test" else "train")
+            known = locked(f"{cifar.repository}@{cifar.revision}").get(file, {}).get("sha256") or "not known"
         checks.append((f"{what}: files", True, images.source + ("" if known in images.source else ", other files than the hub's")))
     return checks
 

@@ -72,9 +72,11 @@ class LatentPurifier(nn.Module):
     denoising step are recomputed in the backward pass: the same gradient, and memory that does not grow with the steps.
     """
     takes_draws = True
+    SETTINGS = ("size", "strength", "num_inference_steps", "guidance_scale", "time_grid", "vae_sample", "negative_prompt", "antialias",
+                "vae_input")
 
-    def __init__(self, vae, unet, text_encoder, tokenizer, scheduler, *, size, strength, num_inference_steps=50,
-                 guidance_scale=5.0, time_grid="compvis", vae_sample=True, negative_prompt="", checkpointing=True):
+    def __init__(self, vae, unet, text_encoder, tokenizer, scheduler, *, size, strength, num_inference_steps=50, guidance_scale=5.0,
+                 time_grid="compvis", vae_sample=True, negative_prompt="", antialias=True, vae_input="unit", checkpointing=True):
         super().__init__()
         self.vae, self.unet, self.text_encoder = vae.eval(), unet.eval(), text_encoder.eval()
         self.requires_grad_(False)
@@ -82,6 +84,7 @@ class LatentPurifier(nn.Module):
         self.size, self.strength, self.num_inference_steps = size, strength, num_inference_steps
         self.guidance_scale, self.time_grid = guidance_scale, time_grid
         self.vae_sample, self.negative_prompt, self.checkpointing = vae_sample, negative_prompt, checkpointing
+        self.antialias, self.vae_input = antialias, vae_input
         self.truncated = 0                             # captions that were longer than the text encoder reads
         self._check()
 
@@ -90,6 +93,8 @@ class LatentPurifier(nn.Module):
         halvings = len(self.vae.config.block_out_channels) - 1
         if self.size % 2 ** halvings:
             raise ValueError(f"size={self.size}: the VAE halves {halvings} times, expected a multiple of {2 ** halvings}")
+        if self.vae_input not in ("unit", "clip", "authors"):
+            raise ValueError(f"no vae_input {self.vae_input!r}; choose from ['unit', 'clip', 'authors']")
         noise_schedule(self.scheduler, self.strength, self.num_inference_steps, self.time_grid)
 
     @property
@@ -107,14 +112,13 @@ class LatentPurifier(nn.Module):
         return len(times) * (2 if self.guidance_scale != 1 else 1)
 
     def settings(self):
-        """The numbers that define the purification, by name."""
-        names = ("size", "strength", "num_inference_steps", "guidance_scale", "time_grid", "vae_sample", "negative_prompt")
-        return {name: getattr(self, name) for name in names}
+        """What defines the purification, by name."""
+        return {name: getattr(self, name) for name in self.SETTINGS} | {"dtype": str(self.dtype).removeprefix("torch.")}
 
     @contextlib.contextmanager
     def using(self, **settings):
         """These settings inside a `with`, the old ones after it: `with purifier.using(strength=0.1): ...`"""
-        old = self.settings() | {"checkpointing": self.checkpointing}
+        old = {name: getattr(self, name) for name in (*self.SETTINGS, "checkpointing")}
         if unknown := sorted(set(settings) - set(old)):
             raise ValueError(f"a purifier has no setting {', '.join(unknown)}; choose from {sorted(old)}")
         try:
@@ -142,21 +146,36 @@ class LatentPurifier(nn.Module):
             return checkpoint(function, *args, use_reentrant=False)
         return function(*args)
 
+    def resize(self, x, size):
+        return resize(x, size, self.antialias)
+
+    def pixels(self, x, indices):
+        """What the VAE is shown of images in [0, 1]: [-1, 1], or the authors' slip (see `vae_input` in profiles.py)."""
+        if self.vae_input == "unit":
+            return 2 * x - 1
+        mean, std = (torch.tensor(v).to(x) for v in (CLIP_MEAN, CLIP_STD))
+        x = (x - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+        if self.vae_input == "clip":
+            return x
+        place = [index % AUTHORS_BATCH if isinstance(index, int) else AUTHORS_BATCH - 1 for index in indices]
+        return torch.stack([image * std[k] + mean[k] if k < 3 else image for image, k in zip(x, place)])
+
     def encode(self, x, keys):
         """z_0 = E(x) for images in [0, 1] at the working size; a sample of the posterior for each key, or its mode."""
-        posterior, n_draws = self.vae.encode(2 * x - 1).latent_dist, len(keys) // len(x)
-        z = posterior.mean.repeat_interleave(n_draws, 0)
+        n_draws = len(keys) // len(x)
+        posterior = self.vae.encode(self.pixels(x, keys.indices[::n_draws]).to(self.dtype)).latent_dist
+        z = posterior.mean.to(x).repeat_interleave(n_draws, 0)
         if self.vae_sample:
-            z = z + posterior.std.repeat_interleave(n_draws, 0) * keys.normal(z.shape[1:], "posterior").to(z)
+            z = z + posterior.std.to(x).repeat_interleave(n_draws, 0) * keys.normal(z.shape[1:], "posterior").to(z)
         return z * self.vae.config.scaling_factor
 
     def decode(self, z):
         """x = D(z_0), back in [0, 1]."""
-        return (self.vae.decode(z / self.vae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1)
+        return (self.vae.decode((z / self.vae.config.scaling_factor).to(self.dtype)).sample.to(z) / 2 + 0.5).clamp(0, 1)
 
     def step(self, z, t, text, scale):
-        """One DDIM step z_t -> z_{t'} at a guidance scale: (z_{t'}, the z_0 it expects). `text` is [negative; caption], at scale 1 [caption]."""
-        noise_pred = self.unet(torch.cat([z, z]) if scale != 1 else z, t, text).sample
+        """One DDIM step z_t -> z_{t'} at a guidance scale: (z_{t'}, the z_0 it expects). `text`: [negative; caption], or [caption] at 1."""
+        noise_pred = self.unet((torch.cat([z, z]) if scale != 1 else z).to(self.dtype), t, text).sample.to(z)
         if scale != 1:
             without, with_caption = noise_pred.chunk(2)
             noise_pred = without + scale * (with_caption - without)
@@ -171,7 +190,8 @@ class LatentPurifier(nn.Module):
         if scale != 1:
             text = torch.cat([self.embed([self.negative_prompt]).expand_as(text), text])
 
-        working = resize(x.to(self.device, self.dtype), (self.size, self.size))
+        # latents and DDIM stay in single precision where the networks have half: 25 roundings would add up
+        working = self.resize(x.to(self.device, torch.promote_types(self.dtype, torch.float32)), (self.size, self.size))
         z = self._recomputed(self.encode, working, keys)
         noise = keys.normal(z.shape[1:], "noise").to(z)
         z = self.scheduler.add_noise(z, noise, torch.full((len(z),), t_noise, device=z.device))
@@ -185,14 +205,18 @@ class LatentPurifier(nn.Module):
                 trace.latents.append(z.detach())
                 with torch.no_grad():
                     trace.denoised.append(self.decode(expected.detach()))
-        return resize(self._recomputed(self.decode, z), x.shape[-2:]).to(x)
+        return self.resize(self._recomputed(self.decode, z), x.shape[-2:]).to(x)
 
 
-def resize(x, size):
-    """Bilinear with antialias, clamped to [0, 1]; the identity where the size is right already."""
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)    # what BLIP's pixels are normalised by
+AUTHORS_BATCH = 32      # images in a batch of the authors' CIFAR scripts, on which their slip depends; here an image's index says its place
+
+
+def resize(x, size, antialias=True):
+    """Bilinear, clamped to [0, 1]; the identity where the size is right already."""
     if tuple(x.shape[-2:]) == tuple(size):
         return x
-    y = F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False, antialias=True)
+    y = F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False, antialias=antialias)
     return y + (y.clamp(0, 1) - y).detach()   # mends rounding only; a clamp's own gradient is 0 at 0 and at 1
 
 

@@ -16,9 +16,11 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from .attacks import NATURAL, Record
+from .attacks import NATURAL, Record, blocks
 from .defense import check_images
+from .files import write_whole
 from .keyed import Keys
+from .memory import Room, in_parts
 
 # ---------------------------------------------------------------- rows on disk
 
@@ -98,20 +100,6 @@ def _digest(frame):
     return hashlib.blake2b(str(list(frame)).encode() + values, digest_size=16).hexdigest()
 
 
-def write_whole(path, data):
-    """Write bytes so that a reader sees the old file or the new one, whatever happens in between."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        with open(part, "wb") as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(part, path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise OSError(error.errno, f"{path} could not be written ({error.strerror}); what lay there before is untouched") from error
-
-
 def _difference(there, here, at=""):
     if isinstance(there, dict) and isinstance(here, dict):
         return [d for k in sorted(there.keys() | here.keys()) for d in _difference(there.get(k), here.get(k), f"{at}.{k}" if at else k)]
@@ -155,7 +143,7 @@ class Evaluation:
     def __init__(self, defenses, images, folder, *, config, n_draws=1, seed=0, batch_size=64):
         self.defenses, self.images, self.folder = dict(defenses), images, Path(folder)
         self.target = next(iter(self.defenses.values()))
-        self.n_draws, self.seed, self.batch_size = n_draws, seed, batch_size
+        self.n_draws, self.seed, self.room = n_draws, seed, Room.of(batch_size)
         self.device = next((p.device for p in self.target.parameters()), torch.device("cpu"))
         parts = {name: {part: identity(getattr(d, part)) for part in ("captioner", "purifier", "classifier")} | {"input_size": d.input_size}
                  for name, d in self.defenses.items()}
@@ -182,6 +170,8 @@ class Evaluation:
                     {**self.config, "attack": attack.settings()}, ("index", "defence", "draw"))
         done = set(rows.read()["index"])
         todo = [i for i in wanted if i not in done]
+        if attack.block > 1:
+            todo = self._whole_blocks(attack.block, todo, places)
         if todo:
             self._compute(attack, [places[i] for i in todo], rows)
         table = rows.read()
@@ -195,19 +185,33 @@ class Evaluation:
             table = table.assign(clean=table["adversarial"], caption_clean=table["caption"])
         return table.assign(attack=attack.name, eps_255=attack.eps_255, n_steps=attack.n_steps, n_eot=attack.n_eot, success=attack.success)
 
+    @staticmethod
+    def _whole_blocks(block, todo, at_hand):
+        """The images to do in the order of their blocks, index // block; a block is done as a whole or not at all."""
+        blocks = {i // block for i in todo}
+        if left := sorted({i for i in at_hand if i // block in blocks} - set(todo)):
+            raise ValueError(f"image {left[0]} is in a block of {block} images that are attacked together, and is done already or not "
+                             f"asked for; ask for whole blocks (images 0 to {block - 1} are one), or move rows of a smaller set away")
+        return sorted(todo)
+
     def _compute(self, attack, todo, rows):
         """Attack and score the images at the places `todo`, a shard at a time."""
         plan = self.plan(attack, len(todo))
         print(plan["text"], flush=True)
-        size = max(1, min(self.batch_size, 60 * self.batch_size // max(1, plan["cost"])))
+        size = max(1, min(self.room.size, 60 * self.room.size // max(1, plan["cost"])))     # a shard is a minute or so, not an hour
+        shards = []
+        for places in blocks([int(self.images.indices[i]) for i in todo], attack.block):
+            if not shards or len(shards[-1]) + len(places) > size:
+                shards.append([])
+            shards[-1] += [todo[place] for place in places]
         steps = attack.n_steps * attack.n_restarts if attack.optimiser == "pgd" else 1
         with tqdm(total=len(todo) * steps, desc=attack.name, unit="step", mininterval=2) as bar:
-            for first in range(0, len(todo), size):
-                part, began = todo[first:first + size], time.perf_counter()
+            for done, part in enumerate(shards):
+                began = time.perf_counter()
                 record = Record([-1] * len(part), [0] * len(part), [""] * len(part))        # for an attack that fills in nothing
                 x, y = self.images[part].x.to(self.device), self.images.labels[part]
                 indices = self.images.indices[part]
-                adv = attack(self.target, x, y, Keys(indices, self.seed, "attack"), batch_size=self.batch_size, record=record,
+                adv = attack(self.target, x, y, Keys(indices, self.seed, "attack"), batch_size=self.room, record=record,
                              progress=bar.update)
                 linf = (adv - x).abs().flatten(1).amax(1)
                 inside = (linf <= attack.eps_255 / 255 + 1e-6) & (adv.flatten(1).amin(1) >= 0) & (adv.flatten(1).amax(1) <= 1)
@@ -219,31 +223,36 @@ class Evaluation:
                              "bad_gradients": int(record.bad_gradients[k]), "flags": record.flags[k], "seconds": each}
                             for name, (captions, predictions) in scored.items() for k in range(len(part))
                             for draw, prediction in enumerate(predictions[k])])
-                bar.n, _ = min(bar.total, (first + len(part)) * steps), bar.refresh()      # images that broke early took fewer steps
+                bar.n, _ = sum(map(len, shards[:done + 1])) * steps, bar.refresh()         # images that broke early took fewer steps
 
     @torch.no_grad()
     def score(self, defense, x, indices):
         """(captions, labels predicted [n][draws]) of images under a defence; one caption per image, one label per draw."""
         n_draws = self.n_draws if getattr(defense.purifier, "random", True) else 1
-        captions, labels = [], []
-        for part in torch.arange(len(x)).split(max(1, self.batch_size // n_draws)):
-            said = defense.caption(x[part])
-            logits = defense(x[part], said, Keys(indices[part], self.seed).at([0] * len(part), n_draws))
-            captions += said
-            labels += logits.argmax(1).view(len(part), n_draws).tolist()
-        return captions, labels
+
+        def part(p):
+            said, keys = defense.caption(x[p]), Keys(indices[p], self.seed).at([0] * len(x[p]), n_draws)
+            if len(x[p]) > 1:
+                logits = defense(x[p], said, keys)
+            else:                                                       # the draws of a single image may be taken apart, too
+                logits = torch.cat(in_parts(lambda d: defense(x[p], said, keys[d]), n_draws, self.room))
+            return said, logits.argmax(1).view(len(x[p]), n_draws).tolist()
+
+        captions, labels = zip(*in_parts(part, len(x), self.room, n_draws))
+        return sum(captions, []), sum(labels, [])
 
     def plan(self, attack, n):
         """What running `attack` on n images will take: {"text", "purifications", "seconds", "cost" (purifications per image)}."""
         forward, backward = attack.purifications()
         draws = [self.n_draws if getattr(d.purifier, "random", True) else 1 for d in self.defenses.values()]
         purifications = n * (forward + backward + sum(draws))
-        x, indices = self.images[:min(len(self.images), self.batch_size)].x.to(self.device), self.images.indices[:self.batch_size]
+        few = self.images[:min(len(self.images), self.room.size)]
         with torch.no_grad():
-            self.target.purify(x[:2], None, Keys(indices[:2], self.seed))          # the first call loads and plans kernels
+            purify = lambda p: self.target.purify(few.x[p].to(self.device), None, Keys(few.indices[p], self.seed))
+            in_parts(purify, min(2, len(few)), self.room)                           # the first call loads and plans kernels
             began = time.perf_counter()
-            self.target.purify(x, None, Keys(indices, self.seed))
-            each = (time.perf_counter() - began) / len(x)
+            in_parts(purify, len(few), self.room)
+            each = (time.perf_counter() - began) / len(few)
         cost = forward + 3 * backward + sum(draws)                                  # a gradient costs about two more passes
         calls = purifications * getattr(self.target.purifier, "denoiser_calls", 0)
         text = f"{attack.name}: {n} images, {purifications:,} purifications, {calls:,} denoiser calls"
@@ -271,21 +280,23 @@ def purify_rows(defense, images, folder, *, config, x=None, seed=0, batch_size=6
     done = set(rows.read()["index"])
     todo = [i for i, index in enumerate(images.indices.tolist()) if index not in done]
     device = next((p.device for p in defense.parameters()), torch.device("cpu"))
+
+    @torch.no_grad()
+    def purify(p):
+        part, began = todo[p], time.perf_counter()
+        batch = x[part].to(device)
+        captions = defense.caption(batch)
+        purified = defense.purify(batch, captions, Keys(images.indices[part], seed))
+        before, after = (defense.classify(b).argmax(1).tolist() for b in (batch, purified))
+        pixels = (purified.cpu() * 255).round().to(torch.uint8)
+        each = (time.perf_counter() - began) / len(part)
+        rows.write([{"index": int(images.indices[i]), "label": int(images.labels[i]), "caption": captions[k],
+                     "undefended": before[k], "prediction": after[k], "linf": float((x[i] - clean[i]).abs().max()),
+                     "purified": pixels[k].numpy().tobytes(), "seconds": each} for k, i in enumerate(part)])
+        bar.update(len(part))
+
     with tqdm(total=len(images), initial=len(images) - len(todo), desc=title, mininterval=2) as bar:
-        for start in range(0, len(todo), batch_size):
-            part = todo[start:start + batch_size]
-            began = time.perf_counter()
-            with torch.no_grad():
-                batch = x[part].to(device)
-                captions = defense.caption(batch)
-                purified = defense.purify(batch, captions, Keys(images.indices[part], seed))
-                before, after = (defense.classify(b).argmax(1).tolist() for b in (batch, purified))
-            pixels = (purified.cpu() * 255).round().to(torch.uint8)
-            each = (time.perf_counter() - began) / len(part)
-            rows.write([{"index": int(images.indices[i]), "label": int(images.labels[i]), "caption": captions[k],
-                         "undefended": before[k], "prediction": after[k], "linf": float((x[i] - clean[i]).abs().max()),
-                         "purified": pixels[k].numpy().tobytes(), "seconds": each} for k, i in enumerate(part)])
-            bar.update(len(part))
+        in_parts(purify, len(todo), batch_size)
     table = rows.read()
     return table[table["index"].isin(images.indices.tolist())].reset_index(drop=True)
 

@@ -1,12 +1,12 @@
 """Loading: each foreign model enters through a short adapter. The heavy libraries are imported here, when a model loads.
 
-A model is named by a folder (relative to the checkout) or a hub id; both go through the same `from_pretrained`.
+A model is named by a folder (relative to the checkout), a hub id, or "robustbench:DATASET/THREAT/NAME". Files are checked in files.py
+before anything here opens them.
 """
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import os
 import shutil
@@ -17,72 +17,20 @@ import torch
 from torch import nn
 
 from .defense import LGAP, LatentPurifier
-from .evaluate import Evaluation, state_digest
-from .profiles import ROOT, Profile, cache_root, get_profile
+from .evaluate import Evaluation, purified_pixels, purify_rows, state_digest
+from .files import CheckpointError, check, downloads, locate, locked, offline, sha256, snapshot, verify, write_checksums
+from .profiles import REVISIONS, ROOT, Profile, get_profile
 
 
-class CheckpointError(RuntimeError):
-    """A model that is missing, damaged or not what it should be; the message says which, and what to do."""
-
-
-def device_and_dtype(device=None):
-    """The GPU if there is one, else the CPU; always float32 unless the caller changes it."""
-    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-
-
-# ---------------------------------------------------------------- files and checksums
-
-def locate(name):
-    """The folder that `name` stands for, or None where it is a hub id."""
-    for folder in (Path(name).expanduser(), ROOT / name):
-        if folder.is_dir():
-            return folder.resolve()
-    if Path(name).is_absolute() or name.startswith(("checkpoints/", ".", "~")):
-        raise CheckpointError(f"{name}: no such folder; the bundled models are made by `python checkpoints/make.py PROFILE`")
-    return None
-
-
-def sha256(path):
-    """Hex digest of a file."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as f:
-        while block := f.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def write_checksums(folder):
-    """`SHA256SUMS` of every file below `folder` that a model is loaded from, in the format `sha256sum -c` reads."""
-    files = sorted(p for p in Path(folder).rglob("*") if p.is_file() and p.suffix in (".json", ".safetensors", ".txt"))
-    (Path(folder) / "SHA256SUMS").write_text("".join(f"{sha256(p)}  {p.relative_to(folder).as_posix()}\n" for p in files))
-
-
-def verify(folder):
-    """Check `folder` against the SHA256SUMS in it or in the folder above; {file: digest} of what was checked.
-
-    safetensors with a flipped byte load without complaint, so this is the only thing that notices. A user's own folder
-    without a SHA256SUMS is taken as it is: the result is empty.
-    """
-    folder = Path(folder)
-    sums = next((p for p in (folder / "SHA256SUMS", folder.parent / "SHA256SUMS") if p.is_file()), None)
-    if sums is None:
-        return {}
-    found = {}
-    for line in sums.read_text().splitlines():
-        expected, _, name = line.partition("  ")
-        if not (len(expected) == 64 and name):
-            raise CheckpointError(f"{sums} is damaged: {line[:80]!r} is no checksum; restore it from the repository")
-        path = sums.parent / name
-        if folder not in path.parents:
-            continue
-        if not path.is_file():
-            raise CheckpointError(f"{path} is missing; restore it with `git checkout -- {path.name}` or make it again")
-        if (digest := sha256(path)) != expected:
-            raise CheckpointError(f"{path} is damaged: sha256 {digest[:16]}..., expected {expected[:16]}...; "
-                                  "restore it from the repository")
-        found[name] = digest
-    if not found and sums.parent == folder:
-        raise CheckpointError(f"{sums} lists no file; restore it from the repository")
+def device_of(device=None):
+    """The device named, else $LGAP_DEVICE, else the GPU if there is one, else the CPU. Raises ValueError for one that is not there."""
+    name = str(device or os.environ.get("LGAP_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        found = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device {name!r}: no such kind; expected cpu, cuda or cuda:0 (see LGAP_DEVICE)") from None
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {name!r}: torch finds no GPU here; unset LGAP_DEVICE, or set it to cpu")
     return found
 
 
@@ -95,8 +43,8 @@ def _loading(what, name):
         raise
     except Exception as error:
         first = str(error).strip().splitlines()[0][:300] if str(error).strip() else ""
-        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") else ""
-        raise CheckpointError(f"cannot load the {what} from {name!r}{offline}: {type(error).__name__}: {first}") from error
+        without = " (HF_HUB_OFFLINE is set)" if offline() else ""
+        raise CheckpointError(f"cannot load the {what} from {name!r}{without}: {type(error).__name__}: {first}") from error
 
 
 def _whole(loaded):
@@ -109,14 +57,15 @@ def _whole(loaded):
     return model
 
 
-def _source(name, revision):
-    """Keyword arguments that make `from_pretrained` read a folder, or a hub repository at a fixed revision."""
+def _folder(name, revision, patterns):
+    """The folder that holds a model's files, all checked: a local one, or a hub repository's at a fixed revision."""
     if folder := locate(name):
         verify(folder)
-        return str(folder), {"local_files_only": True}
+        return folder
+    revision = revision or REVISIONS.get(name)
     if revision is None:
         raise CheckpointError(f"{name!r} is a hub id without a revision; give its 40-digit commit, or a local folder")
-    return name, {"revision": revision, "cache_dir": cache_root()}
+    return snapshot(name, revision, patterns)
 
 
 # ---------------------------------------------------------------- captioner
@@ -150,14 +99,39 @@ class Captioner(nn.Module):
         return [c.strip().removeprefix(start).strip() for c in (" ".join(c.split()) for c in captions)]
 
 
-def load_captioner(name, revision=None, *, device=None, **search):
+CAPTIONER_FILES = ["*.json", "*.txt", "model.safetensors"]
+
+
+def load_captioner(name, revision=None, *, device=None, dtype="float32", **search):
     """BLIP from a folder or the hub; `search` as `Captioner`. Raises CheckpointError."""
     from transformers import BlipForConditionalGeneration, BlipProcessor
-    where, how = _source(name, revision)
     with _loading("captioner", name):
-        model = _whole(BlipForConditionalGeneration.from_pretrained(where, dtype=torch.float32, output_loading_info=True, **how))
-        processor = BlipProcessor.from_pretrained(where, **how)
-    return Captioner(model, processor, **search).to(device_and_dtype(device))
+        folder = _folder(name, revision, CAPTIONER_FILES)
+        if (pickle := folder / "pytorch_model.bin").is_file() and not (folder / "model.safetensors").exists():
+            folder = _converted(pickle)
+        model = _whole(BlipForConditionalGeneration.from_pretrained(folder, dtype=getattr(torch, dtype), use_safetensors=True,
+                                                                    output_loading_info=True, local_files_only=True))
+        processor = BlipProcessor.from_pretrained(folder, local_files_only=True)
+    return Captioner(model, processor, **search).to(device_of(device))
+
+
+def _converted(pickle):
+    """A folder like that of BLIP's `pickle`, its weights as safetensors: made once, and named by the pickle's digest."""
+    from transformers import BlipConfig, BlipForConditionalGeneration
+    folder = downloads() / "converted" / sha256(pickle)[:16]
+    if not folder.is_dir():
+        config = BlipConfig.from_pretrained(pickle.parent, local_files_only=True)
+        weights = torch.load(pickle, map_location="cpu", weights_only=True)
+        model = _whole(BlipForConditionalGeneration.from_pretrained(None, config=config, state_dict=weights, output_loading_info=True))
+        part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
+        model.save_pretrained(part)
+        for file in [*pickle.parent.glob("*.json"), *pickle.parent.glob("*.txt")]:
+            if not (part / file.name).exists():
+                shutil.copyfile(file, part / file.name)
+        write_checksums(part)
+        os.replace(part, folder)
+    verify(folder)
+    return folder
 
 
 # ---------------------------------------------------------------- diffusion
@@ -169,21 +143,31 @@ def ddim(config):
                                      timestep_spacing="leading", thresholding=False)
 
 
-def load_diffusion(name, revision=None, *, device=None, **settings):
+DIFFUSION_PARTS = {"vae": "diffusion_pytorch_model", "unet": "diffusion_pytorch_model", "text_encoder": "model"}
+
+
+def diffusion_files(variant=""):
+    """The files of a diffusion model that are read, as patterns; variant: "fp16" for weights that are stored in half precision."""
+    ending = f".{variant}.safetensors" if variant else ".safetensors"
+    return ["tokenizer/*", "scheduler/*", *(f"{part}/config.json" for part in DIFFUSION_PARTS),
+            *(f"{part}/{stem}{ending}" for part, stem in DIFFUSION_PARTS.items())]
+
+
+def load_diffusion(name, revision=None, *, device=None, dtype="float32", variant="", **settings):
     """A latent diffusion model in diffusers' layout, as a `LatentPurifier` with `settings`. Raises CheckpointError."""
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTokenizer
-    where, how = _source(name, revision)
     with _loading("diffusion model", name):
-        weights = {"use_safetensors": True, "output_loading_info": True, **how}
-        plain = {"torch_dtype": torch.float32, "low_cpu_mem_usage": False}
-        vae = _whole(AutoencoderKL.from_pretrained(where, subfolder="vae", **plain, **weights))
-        unet = _whole(UNet2DConditionModel.from_pretrained(where, subfolder="unet", **plain, **weights))
-        text_encoder = _whole(CLIPTextModel.from_pretrained(where, subfolder="text_encoder", dtype=torch.float32, **weights))
-        tokenizer = CLIPTokenizer.from_pretrained(where, subfolder="tokenizer", **how)
-        scheduler = ddim(DDIMScheduler.load_config(where, subfolder="scheduler", **how))
+        folder = _folder(name, revision, diffusion_files(variant))
+        weights = {"use_safetensors": True, "output_loading_info": True, "local_files_only": True, "variant": variant or None}
+        plain = {"torch_dtype": getattr(torch, dtype), "low_cpu_mem_usage": False}
+        vae = _whole(AutoencoderKL.from_pretrained(folder, subfolder="vae", **plain, **weights))
+        unet = _whole(UNet2DConditionModel.from_pretrained(folder, subfolder="unet", **plain, **weights))
+        text_encoder = _whole(CLIPTextModel.from_pretrained(folder, subfolder="text_encoder", dtype=getattr(torch, dtype), **weights))
+        tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer", local_files_only=True)
+        scheduler = ddim(DDIMScheduler.load_config(folder, subfolder="scheduler", local_files_only=True))
     purifier = LatentPurifier(vae, unet, text_encoder, tokenizer, scheduler, **settings)
-    return purifier.to(device_and_dtype(device), memory_format=torch.channels_last)
+    return purifier.to(device_of(device), memory_format=torch.channels_last)
 
 
 # ---------------------------------------------------------------- classifier
@@ -208,60 +192,156 @@ def new_wide_resnet(depth, widen_factor, num_classes):
     return import_robustbench()[1](depth=depth, widen_factor=widen_factor, num_classes=num_classes)
 
 
-def save_classifier(net, folder, **architecture):
-    """`model.safetensors` and `config.json` (depth, widen_factor, num_classes)."""
+class Normalized(nn.Module):
+    """Logits for images in [0, 1] of a network that was trained on normalised ones; doing it in here keeps eps in pixels."""
+
+    def __init__(self, net, mean, std):
+        super().__init__()
+        self.net = net
+        for name, values in (("mean", mean), ("std", std)):
+            self.register_buffer(name, torch.tensor(values).view(1, -1, 1, 1), persistent=False)
+
+    def forward(self, x):
+        return self.net((x - self.mean) / self.std)
+
+
+def new_classifier(architecture="WideResNet", mean=None, std=None, **sizes):
+    """A classifier with random weights, from what its config.json says.
+
+    architecture: "WideResNet" with its sizes (depth, widen_factor, num_classes, dropRate), or "robustbench:DATASET/THREAT/NAME" for
+    the network of that entry. mean and std: of the pixels, where the network does not take images in [0, 1] as they are.
+    """
+    if architecture.startswith("robustbench:"):
+        net = _robustbench_network(*_robustbench_entry(architecture))
+    elif architecture == "WideResNet":
+        net = import_robustbench()[1](**sizes)
+    else:
+        raise ValueError(f"no architecture {architecture!r}; expected 'WideResNet' or 'robustbench:DATASET/THREAT/NAME'")
+    return net if mean is None else Normalized(net, mean, std)
+
+
+def save_classifier(net, folder, **config):
+    """`model.safetensors`, and `config.json` with what `new_classifier` takes."""
     from safetensors.torch import save_file
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_file({k: v.contiguous() for k, v in net.state_dict().items()}, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps({"architecture": "WideResNet", **architecture}, indent=1) + "\n")
+    (folder / "config.json").write_text(json.dumps({"architecture": "WideResNet", **config}, indent=1) + "\n")
 
 
 def load_classifier(name, *, device=None):
-    """A saved WideResNet folder, or "robustbench:DATASET/THREAT/NAME": images in [0, 1] -> logits. Raises CheckpointError."""
-    if name.startswith("robustbench:"):
-        with _loading("classifier", name):
-            dataset, threat, model = name.removeprefix("robustbench:").split("/")
-            directory = Path(cache_root() or ROOT / "data") / "robustbench"
-            net = import_robustbench()[0].utils.load_model(model, model_dir=str(directory), dataset=dataset, threat_model=threat)
-    else:
-        from safetensors.torch import load_file
-        folder = locate(name)
-        if folder is None:
-            raise CheckpointError(f"{name!r}: no such folder, and no robustbench:DATASET/THREAT/NAME")
-        verify(folder)
-        with _loading("classifier", name):
-            config = json.loads((folder / "config.json").read_text())
-            if (kind := config.pop("architecture")) != "WideResNet":
-                raise ValueError(f"config.json names the architecture {kind!r}, expected 'WideResNet'")
-            net = new_wide_resnet(**config)
+    """A saved classifier's folder, or "robustbench:DATASET/THREAT/NAME": images in [0, 1] -> logits. Raises CheckpointError."""
+    with _loading("classifier", name):
+        if name.startswith("robustbench:"):
+            net = _load_robustbench(*_robustbench_entry(name))
+        else:
+            from safetensors.torch import load_file
+            folder = locate(name)
+            if folder is None:
+                raise CheckpointError(f"{name!r}: no such folder, and no robustbench:DATASET/THREAT/NAME")
+            verify(folder)
+            net = new_classifier(**json.loads((folder / "config.json").read_text()))
             net.load_state_dict(load_file(folder / "model.safetensors"))
-    return net.eval().requires_grad_(False).to(device_and_dtype(device), memory_format=torch.channels_last)
+    return net.eval().requires_grad_(False).to(device_of(device), memory_format=torch.channels_last)
 
 
 def save_classifier_like(net, name, folder):
     """Save a fine-tuned `net` to `folder`, with checksums, as the classifier `name` that it started from."""
-    start = locate(name)
-    if start is None:
-        raise CheckpointError(f"{name!r}: only a classifier from a folder can be saved with its architecture")
-    architecture = json.loads((start / "config.json").read_text())
-    architecture.pop("architecture")
-    save_classifier(net, folder, **architecture)
+    config = {"architecture": name} if name.startswith("robustbench:") else json.loads((locate(name) / "config.json").read_text())
+    save_classifier(net, folder, **config)
     write_checksums(folder)
+
+
+# ---------------------------------------------------------------- RobustBench's classifiers
+
+def _zoo():
+    """{dataset: {threat model: {name: entry}}}, by their plain names."""
+    zoo = import_robustbench()[0].model_zoo.model_dicts
+    return {d.value: {t.value: entries for t, entries in threats.items()} for d, threats in zoo.items()}
+
+
+def _robustbench_entry(name):
+    """("cifar10", "Linf", "Standard") of "robustbench:cifar10/Linf/Standard"; raises ValueError, with the choices, for an unknown one."""
+    dataset, threat, model = (name.removeprefix("robustbench:").split("/") + ["", ""])[:3]
+    models = _zoo().get(dataset, {}).get(threat, {})
+    if model not in models:
+        raise ValueError(f"RobustBench has no {model!r} for {dataset!r} and {threat!r}; choose from {sorted(models) or sorted(_zoo())}")
+    return dataset, threat, model
+
+
+def _robustbench_network(dataset, threat, model):
+    """The network of an entry, with random weights."""
+    if (dataset, model) == ("imagenet", "Standard_R50"):    # RobustBench's own would fetch torchvision's weights as it is built;
+        model = "Salman2020Do_R50"                          # this is the same network, normalisation included
+    return _zoo()[dataset][threat][model]["model"]()
+
+
+def robustbench_file(dataset, threat, model):
+    """Where the weights of an entry lie: in RobustBench's own layout, but for torchvision's ResNet-50, which has torch's cache."""
+    if (dataset, model) == ("imagenet", "Standard_R50"):
+        return Path(torch.hub.get_dir()) / "checkpoints" / "resnet50-0676ba61.pth"
+    return downloads() / "robustbench" / dataset / threat / f"{model}.pt"
+
+
+def _load_robustbench(dataset, threat, model):
+    """As robustbench.utils.load_model, but the file is checked before torch opens it, and opened with weights_only."""
+    file, source = robustbench_file(dataset, threat, model), f"{dataset}/{threat}/{model}.pt"
+    again = f"fetch it again, or put it there by hand ({robustbench_page(dataset, threat, model)})"
+    if not file.is_file() and not offline():
+        _fetch_robustbench(file, dataset, threat, model)
+    check(file, "robustbench", source, again)
+    saved = torch.load(file, map_location="cpu", weights_only=True)
+    weights = {k.removeprefix("module.").removeprefix("model."): v for k, v in saved.get("state_dict", saved).items()}
+    net = _robustbench_network(dataset, threat, model)
+    inner = net.model if dataset == "imagenet" and hasattr(net, "normalize") else net
+    ours = set(inner.state_dict())
+    foreign = {k for k in weights if k not in ours and k.split(".")[0] in ("normalize", "mu", "sigma", "normalizer")}
+    inner.load_state_dict({k: v for k, v in weights.items() if k not in foreign})
+    return net
+
+
+def robustbench_page(dataset, threat, model):
+    """The page that a browser gets the file of an entry from."""
+    if (dataset, model) == ("imagenet", "Standard_R50"):
+        return "https://download.pytorch.org/models/resnet50-0676ba61.pth"
+    return f"https://drive.google.com/uc?id={_zoo()[dataset][threat][model]['gdrive_id']}"
+
+
+def _fetch_robustbench(file, dataset, threat, model):
+    """Download to a name of its own and rename what has passed the check, so that half a file is never taken for a whole one."""
+    import gdown
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(f"{file.name}.{os.getpid()}.part")
+    page = robustbench_page(dataset, threat, model)
+    try:
+        if "drive.google.com" in page:
+            gdown.download(url=page, output=str(part), quiet=False)
+        else:
+            torch.hub.download_url_to_file(page, str(part))
+        check(part, "robustbench", f"{dataset}/{threat}/{model}.pt", f"get it by hand from {page} and put it at {file}")
+        os.replace(part, file)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------- the whole defence
 
+def digests(name, revision=None):
+    """{file: sha256} of a model's files, as far as they are known without opening it."""
+    if name.startswith("robustbench:"):
+        file = f"{name.removeprefix('robustbench:')}.pt"
+        return {file: locked("robustbench").get(file, {}).get("sha256")}
+    folder = locate(name)
+    if folder is None:
+        source = f"{name}@{revision or REVISIONS.get(name)}"
+        return {"from": source} | {file: known["sha256"] for file, known in locked(source).items()}
+    return verify(folder) or {f.relative_to(folder).as_posix(): sha256(f) for f in sorted(folder.rglob("*.safetensors"))}
+
+
 def configuration(profile, defense):
     """What rows depend on: settings of captioner and purifier, seed, data set and checksums of all weights."""
-    weights = {}
-    for name, revision in ((profile.captioner, profile.captioner_revision), (profile.diffusion, profile.diffusion_revision),
-                           (profile.classifier, None)):
-        folder = locate(name) if not name.startswith("robustbench:") else None
-        if folder is None:
-            weights[name] = revision
-        else:
-            weights[name] = verify(folder) or {f.relative_to(folder).as_posix(): sha256(f) for f in sorted(folder.rglob("*.safetensors"))}
+    weights = {name: digests(name, revision) for name, revision in (
+        (profile.captioner, profile.captioner_revision), (profile.diffusion, profile.diffusion_revision), (profile.classifier, None))}
     # a user's own callable has no settings; its name has to stand for them
     named = lambda part: getattr(part, "__qualname__", type(part).__name__)
     settings = lambda part: part.settings() if hasattr(part, "settings") else named(part)
@@ -277,13 +357,45 @@ def evaluation(profile, folder, defenses, images):
 
 
 def rivals(profile, defense, images, attack, folder):
-    """[(method, rows)] of the profile's robust classifiers that stand without purification, under one attack."""
+    """[(method, rows)] of the profile's robust classifiers that stand without purification, under one attack.
+
+    One that was made for another crop than the defence's classifier sees the same images in its own.
+    """
     from .baselines import instead, nothing
+    from .data import load_images
     out = []
-    for method, name in profile.rivals:
+    n = min(len(images), profile.n_rivals)
+    for method, name, crop in profile.rivals:
+        seen = load_images(profile.dataset, "test", n, crop=crop) if crop else images[:n]
         rival = instead(load_defense(profile, classifier=name, captioner=defense.captioner, purifier=defense.purifier), nothing())
-        out.append((method, evaluation(profile, f"{folder}_{method.split()[0]}", {method: rival}, images).run(attack)))
+        rival.input_size = crop or rival.input_size
+        out.append((method, evaluation(profile, f"{folder}_{method.split()[0]}", {method: rival}, seen).run(attack)))
     return out
+
+
+def purified(profile, defense, images, name, x=None, **extra):
+    """Rows of purified images (see evaluate.purify_rows), computed once and kept in outputs/PROFILE/rows/`name`."""
+    return purify_rows(defense, images, profile.outputs / "rows" / name, x=x, seed=profile.seed, batch_size=profile.batch_size,
+                       config=configuration(profile, defense) | {"images": name, **extra}, title=name)
+
+
+def finetune(profile, defense):
+    """Fine-tune the defence's classifier in place on purified training images (paper section 4.1) and save it to profile.finetuned.
+
+    Returns (its learning curve as a list of rows, rows of the purified training images). Each stage goes on where it was.
+    """
+    from . import train
+    from .data import load_images
+    tuning = load_images(profile.dataset, "train", profile.n_finetune)
+    validation = load_images(profile.dataset, "validation", min(profile.n_validation, profile.n_finetune))
+    rows = purified(profile, defense, tuning, f"03_train_{profile.dataset}")
+    held_out = purified(profile, defense, validation, f"03_validation_{profile.dataset}")
+    pixels, pixels_held_out = (purified_pixels(r, tuning.pixels.shape[1:]) for r in (rows, held_out))
+    curve = train.finetune(defense.classifier, pixels, tuning.labels, profile.outputs / "rows" / f"03_finetune_{profile.dataset}",
+                           epochs=profile.finetune_epochs, lr=profile.finetune_lr, batch_size=profile.finetune_batch,
+                           x_val=pixels_held_out, y_val=validation.labels, seed=profile.seed)
+    save_classifier_like(defense.classifier, profile.classifier, profile.finetuned)
+    return curve, rows
 
 
 def provenance(profile, defense):
@@ -296,7 +408,8 @@ def provenance(profile, defense):
             return importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             return None
-    git = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, check=False) if shutil.which("git") else None
+    ask = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
+    git = subprocess.run(ask, capture_output=True, text=True, check=False) if shutil.which("git") else None
     device = next((p.device for p in defense.parameters()), torch.device("cpu"))
     return {"profile": profile.name, "settings": dataclasses.asdict(profile), **configuration(profile, defense),
             "versions": {name: version(name) for name in ("torch", "diffusers", "transformers", "robustbench", "pyautoattack", "scipy")},
@@ -313,12 +426,11 @@ def load_defense(profile="toy", *, classifier=None, captioner=None, purifier=Non
     from .data import classes_of
     p = profile if isinstance(profile, Profile) else get_profile(profile)
     if captioner is None:
-        captioner = load_captioner(p.captioner, p.captioner_revision, device=device, prompt=p.prompt,
+        captioner = load_captioner(p.captioner, p.captioner_revision, device=device, dtype=p.dtype, prompt=p.prompt,
                                    num_beams=p.num_beams, max_length=p.max_length, min_length=p.min_length)
     if purifier is None:
-        purifier = load_diffusion(p.diffusion, p.diffusion_revision, device=device, size=p.size, strength=p.strength,
-                                  num_inference_steps=p.num_inference_steps, guidance_scale=p.guidance_scale,
-                                  time_grid=p.time_grid, vae_sample=p.vae_sample, negative_prompt=p.negative_prompt)
+        purifier = load_diffusion(p.diffusion, p.diffusion_revision, device=device, dtype=p.dtype, variant=p.variant,
+                                  **{name: getattr(p, name) for name in LatentPurifier.SETTINGS})
     if classifier is None or isinstance(classifier, (str, Path)):
         classifier = load_classifier(str(classifier or p.classifier), device=device)
     return LGAP(captioner, purifier, classifier, classes_of(p.dataset), 224 if p.dataset == "imagenet" else 32)

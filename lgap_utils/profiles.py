@@ -4,6 +4,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,6 +26,15 @@ def cache_root():
     return os.environ.get("LGAP_CACHE") or None
 
 
+# Hub repositories whose commit is known; any other needs its revision beside its id.
+REVISIONS = {
+    "Salesforce/blip-image-captioning-base": "82a37760796d32b1411fe092ab5d4e227313294b",
+    "Salesforce/blip-image-captioning-large": "353689b859fcf0523410b1806dace5fb46ecdf41",
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": "451f4fe16113bff5a5d2269ed5ad43b0592e9a14",   # mirror of the removed original
+    "CompVis/stable-diffusion-v1-4": "133a221b8aa7292a167afc5127cb63fb5005638b",
+}
+
+
 @dataclass(frozen=True)
 class Profile:
     name: str
@@ -35,8 +45,12 @@ class Profile:
     captioner: str                      # BlipForConditionalGeneration and BlipProcessor
     diffusion: str                      # unet, vae, text_encoder, tokenizer, scheduler
     classifier: str                     # folder of a saved WideResNet, or "robustbench:DATASET/THREAT/NAME"
-    captioner_revision: str | None = None
+    captioner_revision: str | None = None   # 40-digit commit of a hub id; those in REVISIONS are known
     diffusion_revision: str | None = None
+    variant: str = ""                   # "fp16": read the diffusion model's weights as they are stored in half precision
+    dtype: str = "float32"              # paper silent: what captioner, VAE, UNet and text encoder compute in; latents, DDIM and
+                                        # the classifier are always single
+    needs_gpu: bool = False             # refuse to start without one; LGAP_DEVICE=cpu goes on all the same
 
     # the defence (paper sections 3.1, 3.2 and 4.1)
     strength: float = 0.5               # t in the paper: 0.5 for CIFAR, 0.1 for ImageNet
@@ -46,6 +60,9 @@ class Profile:
     size: int = 384                     # paper silent: working size in pixels; the authors' code has 384
     vae_sample: bool = True             # paper silent: CompVis samples the VAE's posterior; False takes its mode
     negative_prompt: str = ""           # paper silent: CompVis img2img default
+    antialias: bool = True              # paper silent: when resizing; False reads 2.8 % of the pixels from 384 down to 32
+    vae_input: str = "unit"             # what the VAE is shown: "unit" is [-1, 1]; "clip" is normalised as for BLIP; "authors" also
+                                        # does their un-normalisation, which by a slip runs over the batch and not the channels
     prompt: str = "a picture of"        # paper silent: BLIP's demo
     num_beams: int = 3                  # paper silent: BLIP's demo
     max_length: int = 20                # paper silent: BLIP's demo, in tokens, prompt included
@@ -56,25 +73,32 @@ class Profile:
     step_size_255: float = 2            # paper silent: Yoon et al.'s step
     n_steps: int = 40                   # paper silent for Table 1: Yoon et al.'s number
 
+    # adaptive attacks (paper section 4.1, Table 3)
+    n_eot: int = 15                     # paper silent: draws of the defence a step; Yoon et al.'s number
+    eot_average: str = "gradient"       # paper silent: over the draws; "gradient", "logits" or "vote" (of signs)
+    masked_bpda: bool = False           # an image stops moving once the classifier without purification is fooled
+
     # fine-tuning the classifier on purified training images (paper section 4.1)
     finetune_lr: float = 1e-3
     finetune_epochs: int = 15
     finetune_batch: int = 128           # paper silent
-    n_finetune: int = 50_000            # training images that are purified; paper silent: taken to be all of them
+    n_finetune: int = 49_000            # training images that are purified; paper silent: taken to be all, less 1,000 for the curve
 
     # the tables
     tables: dict = field(default_factory=dict)   # {number of the paper's table: fields that are different there}
     same_models: bool = False           # whether these are the paper's models and data, so that numbers can be compared
-    rivals: tuple = ()                  # (the paper's name, classifier) of undefended robust models that are run beside LGAP
+    rivals: tuple = ()                  # (the paper's name, classifier, its crop or None) of robust models that stand beside LGAP
 
     # sizes
     n_images: int = 512                 # test images 0 .. n_images - 1
     n_adaptive: int = 512               # of these, for attacks that ask the defence once a step, and for AutoAttack
     n_eot_images: int = 512             # for attacks that ask it many times a step
     n_full: int = 512                   # for the full gradient, and for the checks of an evaluation
+    n_rivals: int = 2048                # for AutoAttack on robust classifiers, most of whose images stand through all of it
     n_draws: int = 10                   # paper silent: noise draws of the defence that each image is judged by
     n_validation: int = 1000            # purified validation images for the learning curve
     batch_size: int = 64                # images per call; no result depends on it
+    autoattack_block: int = 1           # images that AutoAttack takes at a time, which then share its draws; a GPU needs many
     seed: int = 0
 
     @property
@@ -97,7 +121,8 @@ class Profile:
     def __post_init__(self):
         whole = {"num_inference_steps": 1, "size": 8, "num_beams": 1, "max_length": 2, "min_length": 0, "n_steps": 1,
                  "finetune_epochs": 1, "finetune_batch": 1, "n_finetune": 1, "n_images": 1, "n_validation": 1,
-                 "n_adaptive": 1, "n_eot_images": 1, "n_full": 1, "n_draws": 1, "batch_size": 1, "seed": 0}
+                 "n_eot": 1, "n_adaptive": 1, "n_eot_images": 1, "n_full": 1, "n_rivals": 1,
+                 "autoattack_block": 1, "n_draws": 1, "batch_size": 1, "seed": 0}
         for name, least in whole.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int):
@@ -112,12 +137,19 @@ class Profile:
                 raise ValueError(f"{name}={value!r}: expected a number, e.g. {name}={getattr(type(self), name, high)}")
             if not low <= value <= high:
                 raise ValueError(f"{name}={value}: expected {low} to {high}")
-        for name, choices in {"dataset": ("cifar10", "cifar100", "imagenet", "toy"), "time_grid": ("compvis", "diffusers"), "vae_sample": (False, True), "same_models": (False, True)}.items():
+        flags = ("vae_sample", "same_models", "antialias", "needs_gpu", "masked_bpda")
+        choices_of = {"dataset": ("cifar10", "cifar100", "imagenet", "toy"), "time_grid": ("compvis", "diffusers"),
+                      "vae_input": ("unit", "clip", "authors"), "eot_average": ("gradient", "logits", "vote"),
+                      "dtype": ("float32", "bfloat16", "float16"), "variant": ("", "fp16")} | dict.fromkeys(flags, (False, True))
+        for name, choices in choices_of.items():
             if getattr(self, name) not in choices or type(getattr(self, name)) is not type(choices[0]):
                 raise ValueError(f"{name}={getattr(self, name)!r}: choose from {list(choices)}")
         for name in ("captioner", "diffusion", "classifier", "prompt", "negative_prompt"):
             if not isinstance(getattr(self, name), str):
                 raise ValueError(f"{name}={getattr(self, name)!r}: expected text")
+        for name in ("captioner_revision", "diffusion_revision"):
+            if getattr(self, name) is not None and not re.fullmatch("[0-9a-f]{40}", str(getattr(self, name))):
+                raise ValueError(f"{name}={getattr(self, name)!r}: expected a commit, 40 hexadecimal digits")
 
 
 TOY = Profile(
@@ -125,7 +157,7 @@ TOY = Profile(
     dataset="toy", captioner="checkpoints/toy/captioner", diffusion="checkpoints/toy/diffusion",
     classifier="checkpoints/toy/classifier",
     size=32, num_inference_steps=10, n_images=128, n_finetune=1024, n_validation=128,
-    n_adaptive=32, n_eot_images=4, n_full=4, n_draws=3,
+    n_adaptive=16, n_eot_images=2, n_full=2, n_draws=3,
     tables={4: {"eps_255": 4, "strength": 0.1}},
 )
 SMALL = Profile(
@@ -138,22 +170,34 @@ SMALL = Profile(
     tables={2: {"n_images": 128}, 4: {"eps_255": 4, "strength": 0.1}},
 )
 PAPER = Profile(
-    name="paper", about="BLIP, Stable Diffusion v1.5 and RobustBench's WRN-28-10 on CIFAR-10: a GPU and the model hub",
-    dataset="cifar10", captioner="Salesforce/blip-image-captioning-base",
-    captioner_revision="82a37760796d32b1411fe092ab5d4e227313294b",
-    diffusion="stable-diffusion-v1-5/stable-diffusion-v1-5",
-    diffusion_revision="451f4fe16113bff5a5d2269ed5ad43b0592e9a14",
-    classifier="robustbench:cifar10/Linf/Standard",
-    n_images=10_000, n_adaptive=10_000, batch_size=256, same_models=True,
-    tables={2: {"dataset": "cifar100", "classifier": "checkpoints/paper/cifar100"},
-            3: {"rivals": (("Carmon et al.", "robustbench:cifar10/Linf/Carmon2019Unlabeled"),)},
+    name="paper", about="BLIP, Stable Diffusion v1.5, RobustBench's classifiers; CIFAR-10, CIFAR-100, ImageNet: a GPU and the model hub",
+    dataset="cifar10", captioner="Salesforce/blip-image-captioning-base", diffusion="stable-diffusion-v1-5/stable-diffusion-v1-5",
+    variant="fp16", dtype="bfloat16", needs_gpu=True, classifier="robustbench:cifar10/Linf/Standard",
+    n_images=10_000, n_adaptive=10_000, batch_size=64, autoattack_block=128, same_models=True,
+    tables={2: {"dataset": "cifar100", "classifier": "checkpoints/paper/cifar100"},      # `python checkpoints/make.py paper` trains it
+            3: {"rivals": (("Carmon et al.", "robustbench:cifar10/Linf/Carmon2019Unlabeled", None),)},
             4: {"dataset": "imagenet", "classifier": "robustbench:imagenet/Linf/Standard_R50", "eps_255": 4, "strength": 0.1,
                 "n_images": 2048, "n_adaptive": 2048,
-                "rivals": (("Salman et al.", "robustbench:imagenet/Linf/Salman2020Do_R50"),
-                           # RobustBench crops 288 pixels for this one; here it sees the 224 of all others
-                           ("Wong et al.", "robustbench:imagenet/Linf/Wong2020Fast"))}},
+                "rivals": (("Salman et al.", "robustbench:imagenet/Linf/Salman2020Do_R50", None),
+                           ("Wong et al.", "robustbench:imagenet/Linf/Wong2020Fast", 288))}},
 )
-PROFILES = {p.name: p for p in (TOY, SMALL, PAPER)}
+# What the authors' published code does where it departs from their paper; each line is one departure and can be taken back alone,
+# e.g. `--set antialias=True`. Their working size of 384 is `paper`'s too, as the paper names none.
+AUTHORS = dataclasses.replace(
+    PAPER, name="authors", about="as paper, with the departures of the authors' code from it, each a field of its own",
+    vae_input="authors",                # images 0 to 2 of each batch of 32 un-normalised wrongly, the others not at all
+    antialias=False,
+    dtype="float16",
+    eps_255=8 * 255 / 256, step_size_255=2 * 255 / 256,                                   # blind PGD: 8/256 and a quarter of it
+    masked_bpda=True,
+    eot_average="vote", n_eot=1,        # the vote of signs, of a single draw as shipped
+    finetune_lr=1e-4, finetune_epochs=5, finetune_batch=256,
+    seed=42,
+    tables=PAPER.tables | {2: PAPER.tables[2] | {"n_images": 8160},                       # 58.71 % is 4790 of the first 8160
+                           3: PAPER.tables[3] | {"eps_255": 8, "step_size_255": 2},       # BPDA is run at 8/255
+                           4: PAPER.tables[4] | {"step_size_255": 2}},
+)
+PROFILES = {p.name: p for p in (TOY, SMALL, PAPER, AUTHORS)}
 
 
 def get_profile(name, table=None, **overrides):

@@ -144,7 +144,7 @@ def write_results(folder, table, rows, provenance):
     Fields are named as in RobustBench's model_info where it has them. Written whole; nothing but times and versions changes
     from run to run.
     """
-    from .evaluate import write_whole
+    from .files import write_whole
     file = Path(folder) / "results.json"
     results = json.loads(file.read_text()) if file.exists() else {}
     paper = {(r["method"], r["attack"]): r for _, r in paper_numbers(table).iterrows()}

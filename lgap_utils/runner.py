@@ -83,18 +83,31 @@ def fits(value, default):
 
 
 def check_settings(settings, defaults, profile):
-    """Refuse a name that no notebook has and a value of the wrong kind; defaults: {notebook: {NAME: default}}."""
-    known = sorted({name for found in defaults.values() for name in found} - {"PROFILE"})
+    """Refuse a name that neither a notebook nor the profile has and a value of the wrong kind; defaults: {notebook: {NAME: default}}."""
+    known = sorted({name for found in defaults.values() for name in found} - {"PROFILE", "SETTINGS"})
+    fields = profile_fields(profile)
     for name, value in settings.items():
-        if name not in known:
-            raise ValueError(f"--set {name}: no selected notebook has this parameter; there are {', '.join(known)}")
+        if name not in known and name.lower() not in fields:
+            raise ValueError(f"--set {name}: no selected notebook has this parameter and the profile no such field; "
+                             f"there are {', '.join(known)}, {', '.join(sorted(fields))}")
         for path, found in defaults.items():
             if not fits(value, found.get(name)):
                 raise ValueError(f"--set {name}={value!r}: {path.name} has {found[name]!r} here, "
                                  f"so this should be of type {type(found[name]).__name__}")
     # A notebook's None stands for the profile's value, and the profile knows which values it can take.
-    fields = {field.name for field in dataclasses.fields(PROFILES[profile])}
     get_profile(profile, **{name.lower(): value for name, value in settings.items() if name.lower() in fields})
+
+
+def profile_fields(profile):
+    """The names of the profile's fields that may be set."""
+    return {field.name for field in dataclasses.fields(PROFILES[profile])} - {"name", "about", "tables", "rivals"}
+
+
+def values_for(found, settings, profile):
+    """What one notebook is started with: its own parameters by name, and the profile's other fields in its SETTINGS."""
+    values = {"PROFILE": profile} | {name: settings[name] for name in found if name in settings}
+    others = {name.lower(): value for name, value in settings.items() if name not in found and name.lower() in profile_fields(profile)}
+    return values | ({"SETTINGS": others} if others and "SETTINGS" in found else {})
 
 
 @contextlib.contextmanager
@@ -177,7 +190,7 @@ def command_line():
     parser.add_argument("--only", action="append", default=[], metavar="02[,03]",
                         help="only the notebooks whose names begin like this")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE",
-                        help="a notebook parameter, for every notebook that has it, as in n_images=64")
+                        help="a notebook parameter or any field of the profile, as in n_images=64 or size=256")
     parser.add_argument("--list", action="store_true", help="list the notebooks and their parameters, and stop")
     return parser
 
@@ -216,8 +229,7 @@ def main(argv=None, folder=ROOT / "notebooks"):
             print(f"{path.stem}:  " + ", ".join(f"{name}={value!r}" for name, value in found.items()))
         return
 
-    settings["PROFILE"] = args.profile
-    plan = {path: {name: settings[name] for name in found if name in settings} for path, found in defaults.items()}
+    plan = {path: values_for(found, settings, args.profile) for path, found in defaults.items()}
     outputs = output_root()
     os.environ["LGAP_OUTPUTS"] = str(outputs)  # absolute, because the kernels run in the notebooks' folder
     try:

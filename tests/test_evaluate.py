@@ -145,6 +145,30 @@ def test_the_plan_counts_what_will_be_purified(tmp_path):
 
 # ---------------------------------------------------------------- however it is cut
 
+def test_running_out_of_memory_changes_no_row(unbroken, tmp_path):
+    class Small(Noisy):
+        def __call__(self, x, captions, keys):
+            if len(keys) > 2:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return super().__call__(x, captions, keys)
+    run = evaluation(tmp_path, purifier=Small(), batch_size=8)
+    assert run.room.size == 8
+    small = run.run(ATTACK)
+    assert run.room.size <= 2 and same(small, unbroken[1])
+
+
+def test_a_block_is_attacked_as_a_whole_or_not_at_all(tmp_path):
+    """Images 10, 13, ... 31 at hand: 10; 13; 16, 19; 22, 25 and 28, 31 share blocks of 6 from 6, 12, 18, 24 and 30."""
+    attack, images = Attack("AA", optimiser="autoattack", n_steps=3, block=12), some_images()
+    whole = evaluation(tmp_path / "whole", batch_size=3).run(attack)
+    shared = evaluation(tmp_path / "shared", batch_size=1)
+    parts = [shared.run(attack, indices) for indices in ([25, 31, 28], [13, 22, 16, 19], [10])]
+    assert same(pd.concat(parts).sort_values(["index", "defence", "draw"], ignore_index=True), whole)
+    with pytest.raises(ValueError, match="image 16 is in a block of 12 images that are attacked together"):
+        evaluation(tmp_path / "cut").run(attack, [13, 22])
+    assert len(images) == 8
+
+
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
 @pytest.mark.parametrize("order", [[0, 1, 2, 3, 4, 5, 6, 7], [5, 2, 7, 0, 1, 6, 3, 4]], ids=["in order", "shuffled"])
 def test_batch_size_and_order_change_no_row(unbroken, tmp_path, batch_size, order):

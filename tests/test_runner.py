@@ -121,7 +121,7 @@ def test_a_finished_notebook_may_hold_empty_cells():
     (["huge"], "no profile 'huge'; choose from ['toy']"),
     (["--only", "07"], "there are 01_first, 02_second"),
     (["--only", "01,"], "there are 01_first, 02_second"),
-    (["--set", "n_image=4"], "no selected notebook has this parameter; there are LR, N_IMAGES, SEED, TITLE"),
+    (["--set", "n_image=4"], "no selected notebook has this parameter and the profile no such field; there are LR, N_IMAGES, SEED, TITLE, n_images"),
     (["--only", "02", "--set", "seed=4"], "no selected notebook has this parameter"),
     (["--set", "profile=toy"], "no selected notebook has this parameter"),
     (["--set", "seed"], "write NAME=VALUE"),
@@ -142,6 +142,12 @@ def test_a_wrong_request_is_refused_before_anything_starts(argv, words, write, c
     folder = write("01_first", "PROFILE = 'toy'\nN_IMAGES = None\nLR = None\nSEED = 0\nTITLE = 'a'")
     write("02_second", "PROFILE = 'toy'\nN_IMAGES = None")
     assert words in refusal(argv, folder, capsys, tmp_path)
+
+
+def test_other_fields_of_the_profile_go_into_settings(write, tmp_path):
+    folder = write("01_first", "PROFILE = 'toy'\nN_IMAGES = None\nSETTINGS = {}", "assert (N_IMAGES, SETTINGS) == (3, {})")
+    write("02_second", "PROFILE = 'toy'\nSETTINGS = {}", "assert SETTINGS == {'n_images': 3}")
+    runner.main(["--set", "n_images=3"], folder)
 
 
 @pytest.mark.parametrize("cell", ["PROFILE = 'toy'\nEPS = 8 / 255", "PROFILE: str = 'toy'", "SEED = 0", "import os"])

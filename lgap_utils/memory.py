@@ -1,0 +1,64 @@
+"""How many images go into one call: as many as fit. No result depends on it, since every draw belongs to its image."""
+from __future__ import annotations
+
+import gc
+
+import torch
+
+
+class Room:
+    """The number of draws that one call may take: halved when memory runs out, doubled while most of a GPU stands empty."""
+
+    def __init__(self, size, most=4096):
+        self.size, self.most = size, most
+
+    @classmethod
+    def of(cls, size):
+        """A number as a `Room`; a `Room` as it is, so that what one call learned serves the next."""
+        return size if isinstance(size, cls) else cls(size)
+
+    def try_(self, call, tried):
+        """(True, call()), or (False, None) where `tried` draws did not fit: then the room is halved and the caller asks for fewer.
+
+        Raises MemoryError, in one sentence, where a single draw is too much.
+        """
+        try:
+            result = call()
+        except RuntimeError as error:           # torch.OutOfMemoryError is one; the CPU's allocator raises the plain kind
+            if not ran_out(error):
+                raise
+            said = str(error).splitlines()[0][:200]
+        else:
+            self._grow()
+            return True, result
+        # outside of `except`, whose traceback would keep the tensors of the failed call alive
+        if tried <= 1:
+            raise MemoryError(f"one image alone does not fit into memory ({said}); lower `size`, or use a larger device")
+        self.size = self.most = max(1, tried // 2)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        print(f"out of memory with {tried} draws in a call; going on with {self.size}", flush=True)
+        return False, None
+
+    def _grow(self):
+        if self.size < self.most and torch.cuda.is_available():
+            if torch.cuda.max_memory_reserved() < 0.4 * torch.cuda.get_device_properties(0).total_memory:
+                self.size = min(self.most, 2 * self.size)
+
+
+def ran_out(error):
+    """Whether an error says that memory ran out."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error) or "not enough memory" in str(error)
+
+
+def in_parts(call, n, batch_size, draws=1):
+    """[call(slice), ...] over range(n), in slices of as many items as fit, each of `draws` draws. batch_size: a number or a `Room`."""
+    room, done, first = Room.of(batch_size), [], 0
+    while first < n:
+        part = slice(first, min(n, first + max(1, room.size // draws)))
+        fits, result = room.try_(lambda: call(part), (part.stop - part.start) * draws if part.stop - part.start > 1 else 1)
+        if fits:
+            done.append(result)
+            first = part.stop
+    return done
