@@ -414,6 +414,7 @@ def provenance(profile, defense):
     return {"profile": profile.name, "settings": dataclasses.asdict(profile), **configuration(profile, defense),
             "versions": {name: version(name) for name in ("torch", "diffusers", "transformers", "robustbench", "pyautoattack", "scipy")},
             "python": platform.python_version(), "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+            "tf32": torch.backends.cudnn.allow_tf32 and device.type == "cuda",
             "commit": git.stdout.strip() if git and git.returncode == 0 else None}
 
 
@@ -425,6 +426,8 @@ def load_defense(profile="toy", *, classifier=None, captioner=None, purifier=Non
     """
     from .data import classes_of
     p = profile if isinstance(profile, Profile) else get_profile(profile)
+    if p.needs_gpu and not (device or os.environ.get("LGAP_DEVICE") or torch.cuda.is_available()):
+        raise ValueError(f"profile {p.name!r} is made for a GPU and torch finds none here; set LGAP_DEVICE=cpu to go on without one")
     if captioner is None:
         captioner = load_captioner(p.captioner, p.captioner_revision, device=device, dtype=p.dtype, prompt=p.prompt,
                                    num_beams=p.num_beams, max_length=p.max_length, min_length=p.min_length)

@@ -122,6 +122,54 @@ def test_without_sampling_the_latent_is_the_mode(purifier, images):
         assert torch.equal(z, purifier.vae.encode(2 * x - 1).latent_dist.mode() * purifier.vae.config.scaling_factor)
 
 
+# ---------------------------------------------------------------- the authors' departures
+
+def test_the_vae_can_be_shown_what_blip_is_shown(defense, images):
+    x, purifier = images.x[:3], defense.purifier
+    assert torch.equal(purifier.pixels(x, [0, 1, 2]), 2 * x - 1)
+    with purifier.using(vae_input="clip"):
+        assert torch.allclose(purifier.pixels(x, [0, 1, 2]), defense.captioner.pixel_values(x), atol=1e-6)
+    with pytest.raises(ValueError, match="no vae_input 'other'"), purifier.using(vae_input="other"):
+        pass
+
+
+def test_the_authors_slip_runs_over_the_batch_and_not_the_channels(purifier):
+    """Images 0 to 36 in batches of 32, each batch zipped with the three means and deviations; here an image's index stands for its place."""
+    x = torch.rand(37, 3, 4, 4, generator=generator("slip"))
+    mean, std = torch.tensor([0.48145466, 0.4578275, 0.40821073]), torch.tensor([0.26862954, 0.26130258, 0.27577711])
+    expected = (x - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+    for batch in expected.split(32):
+        for image, m, s in zip(batch, mean, std):
+            image.mul_(s).add_(m)
+    with purifier.using(vae_input="authors"):
+        assert torch.equal(purifier.pixels(x, list(range(37))), expected)
+        assert all(torch.equal(purifier.pixels(x[i:i + 1], [i])[0], expected[i]) for i in (0, 2, 3, 31, 32, 34, 35))     # in any batch
+        with torch.no_grad():
+            assert not torch.allclose(purifier.encode(x[:1, :, :4], Keys([0])), purifier.encode(x[:1, :, :4], Keys([3])), atol=1e-3)
+
+
+def test_without_antialias_a_small_picture_reads_few_pixels_of_a_large_one():
+    x = torch.rand(1, 3, 384, 384, generator=generator("large"), requires_grad=True)
+    resize(x, (32, 32), antialias=False).sum().backward()
+    assert 100 * (x.grad != 0).float().mean().item() == pytest.approx(2.8, abs=0.05)
+    assert torch.equal(resize(x, (32, 32), False), F.interpolate(x, size=(32, 32), mode="bilinear", align_corners=False))
+    x.grad = None
+    resize(x, (32, 32)).sum().backward()
+    assert (x.grad != 0).all()
+
+
+def test_half_precision_networks_leave_latents_single(purifier, images):
+    import copy
+    half, trace = copy.deepcopy(purifier).to(torch.bfloat16), Trace()
+    with torch.no_grad(), half.using(strength=0.1):
+        out = half(images.x[:2], ["a large red star"] * 2, Keys([0, 1]), trace)
+    assert out.dtype == images.x.dtype == torch.float32 and all(z.dtype == torch.float32 for z in trace.latents)
+    x = images.x[:1].clone().requires_grad_(True)
+    with half.using(strength=0.1):
+        half(x, ["a large red star"], Keys([0])).square().sum().backward()
+    assert x.grad.abs().sum() > 0 and torch.isfinite(x.grad).all()
+
+
 # ---------------------------------------------------------------- batches
 
 @pytest.mark.parametrize("keys", [Keys(range(8), seed=1), None], ids=["index keys", "content keys"])

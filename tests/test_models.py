@@ -341,7 +341,8 @@ def test_the_captioners_tokenizer_knows_every_word_and_survives_saving(defense, 
     ("step_size_255", -2), ("strength", 1.5), ("strength", "half"), ("guidance_scale", -1), ("finetune_lr", float("nan")),
     ("n_steps", 0), ("n_steps", 2.0), ("n_steps", "40"), ("n_images", 0), ("n_images", True), ("batch_size", 0), ("seed", -1),
     ("num_inference_steps", 0), ("size", 7), ("max_length", 1), ("num_beams", 0),
-    ("time_grid", "ddpm"), ("dataset", "mnist"), ("vae_sample", "no"), ("prompt", 7),
+    ("time_grid", "ddpm"), ("dtype", "half"), ("variant", "fp32"), ("vae_input", "raw"), ("eot_average", "mean"), ("antialias", 1),
+    ("captioner_revision", "main"), ("n_eot", 0), ("autoattack_block", 0), ("needs_gpu", "no"), ("dataset", "mnist"), ("vae_sample", "no"), ("prompt", 7),
 ])
 def test_a_profile_refuses_a_bad_value_by_name(field, value):
     with pytest.raises(ValueError, match=field):
@@ -371,3 +372,27 @@ def test_overrides_replace_and_none_keeps():
     profile = get_profile("paper", n_images=7, seed=None)
     assert profile.n_images == 7 and profile.seed == PROFILES["paper"].seed
     assert np.isclose(profile.eps, 8 / 255) and np.isclose(profile.step_size, 2 / 255)
+
+
+def test_the_authors_preset_is_the_paper_with_departures_that_can_be_taken_back_one_by_one():
+    paper, authors = (dataclasses.asdict(PROFILES[name]) for name in ("paper", "authors"))
+    departures = {field for field in paper if paper[field] != authors[field]} - {"name", "about", "tables"}
+    assert departures == {"vae_input", "antialias", "dtype", "eps_255", "step_size_255", "masked_bpda", "eot_average", "n_eot",
+                          "finetune_lr", "finetune_epochs", "finetune_batch", "seed"}
+    assert get_profile("authors").eps == 8 / 256 and get_profile("authors", 3).eps == 8 / 255 and get_profile("authors", 2).n_images == 8160
+    one_back = dataclasses.asdict(get_profile("authors", antialias=True))
+    assert {field for field in authors if authors[field] != one_back[field]} == {"antialias"}
+
+
+def test_without_a_gpu_a_profile_that_needs_one_says_so(profile, monkeypatch):
+    needing = dataclasses.replace(profile, needs_gpu=True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("LGAP_DEVICE", raising=False)
+    with pytest.raises(ValueError, match="profile 'tiny' is made for a GPU and torch finds none here; set LGAP_DEVICE=cpu"):
+        models.load_defense(needing)
+    monkeypatch.setenv("LGAP_DEVICE", "cpu")
+    assert models.load_defense(needing).classes
+    for name, words in (("cuda", "torch finds no GPU here"), ("gpu", "no such kind; expected cpu, cuda")):
+        monkeypatch.setenv("LGAP_DEVICE", name)
+        with pytest.raises(ValueError, match=f"device '{name}': {words}"):
+            models.device_of()
