@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from .attacks import NATURAL, Record, blocks
+from .attacks import NATURAL, Record, blocks, gradient
 from .defense import check_images
 from .files import write_whole
 from .keyed import Keys
@@ -118,7 +118,7 @@ def state_digest(module):
     """Short digest of a module's parameters and buffers, so that a fine-tuned classifier is not taken for its start."""
     digest = hashlib.blake2b(digest_size=8)
     for name, value in module.state_dict().items():
-        digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+        digest.update(name.encode() + value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -253,12 +253,24 @@ class Evaluation:
             began = time.perf_counter()
             in_parts(purify, len(few), self.room)
             each = (time.perf_counter() - began) / len(few)
+        seconds = self._seconds_of_gradients(attack, few) * n
         cost = forward + 3 * backward + sum(draws)                                  # a gradient costs about two more passes
         calls = purifications * getattr(self.target.purifier, "denoiser_calls", 0)
         text = f"{attack.name}: {n} images, {purifications:,} purifications, {calls:,} denoiser calls"
-        left = n * cost * each
-        text += f"; about {left:.0f} s" if left < 120 else f"; about {left / 60:.0f} min"
-        return {"text": text + " of purifying at most", "purifications": purifications, "seconds": left, "cost": cost}
+        left = n * cost * each + seconds
+        text += f"; {'at least' if attack.optimiser == 'autoattack' else 'about'} " + (f"{left:.0f} s" if left < 120 else f"{left / 60:.0f} min")
+        return {"text": text, "purifications": purifications, "seconds": left, "cost": cost}
+
+    def _seconds_of_gradients(self, attack, few):
+        """Of a blind attack's gradients of the classifier, for one image, from a few timed ones."""
+        if not attack.gradients():
+            return 0.0
+        few = few[:attack.block] if attack.optimiser == "autoattack" else few
+        x, y = few.x.to(self.device), few.labels.to(self.device)
+        for _ in range(2):                                                          # the first call loads and plans kernels
+            began = time.perf_counter()
+            gradient(self.target.classify, x, y)
+        return attack.gradients() * (time.perf_counter() - began) / len(few)
 
 
 # ---------------------------------------------------------------- purified images, kept

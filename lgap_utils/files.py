@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import re
+from fnmatch import fnmatch
 from pathlib import Path
 
 from .profiles import ROOT, cache_root
@@ -144,18 +145,18 @@ def _record(source, name, entry):
 
 
 def snapshot(repository, revision, patterns):
-    """A folder with the files of a hub repository at a fixed revision, all checked: from the hub's cache, or fetched into it.
+    """A folder with those files of a hub repository at a fixed revision that fit `patterns`: from the hub's cache, or fetched into it.
 
-    The files are those that the lock file names for it; for a repository that it does not know, those that fit `patterns`.
+    A pickle is fetched only where the lock file names it. Files that the lock file knows must be there, and all are checked.
     """
     from huggingface_hub import snapshot_download
     source = f"{repository}@{revision}"
-    names = locked(source)
-    folder = Path(snapshot_download(repository, revision=revision, allow_patterns=list(names) or patterns, cache_dir=cache_root()))
-    if not names:
-        names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
-    for name in names:
-        check(folder / name, source, name, "fetch it again: run this once with the hub in reach and HF_HUB_OFFLINE unset")
+    wanted = [*patterns, *(name for name in locked(source) if name.endswith(".bin"))]
+    folder = Path(snapshot_download(repository, revision=revision, allow_patterns=wanted, cache_dir=cache_root()))
+    there = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+    for name in sorted(there.union(locked(source))):
+        if any(fnmatch(name, pattern) for pattern in wanted):
+            check(folder / name, source, name, "fetch it again: run this once with the hub in reach and HF_HUB_OFFLINE unset")
     return folder
 
 

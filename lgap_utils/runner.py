@@ -195,6 +195,16 @@ def command_line():
     return parser
 
 
+def ready(profile, settings):
+    """Print what the profile still needs, and say whether it can run."""
+    from .doctor import can_run, examine
+    checks = examine(profile, **settings)
+    for check in checks:
+        if check.state in ("missing", "to fetch"):
+            print(f"{check.what}, {check.state}: {check.detail}", flush=True)
+    return can_run(checks)
+
+
 def run_all(plan, out):
     """Run the notebooks of {path: parameters} into the folder `out`; the first that fails ends the process."""
     with locked(out):
@@ -230,6 +240,9 @@ def main(argv=None, folder=ROOT / "notebooks"):
         return
 
     plan = {path: values_for(found, settings, args.profile) for path, found in defaults.items()}
+    fields = {name.lower(): value for name, value in settings.items() if name.lower() in profile_fields(args.profile)}
+    if not ready(args.profile, fields):
+        sys.exit(f"run_all.sh: profile {args.profile} cannot run here; `python -m lgap_utils doctor {args.profile}` says more")
     outputs = output_root()
     os.environ["LGAP_OUTPUTS"] = str(outputs)  # absolute, because the kernels run in the notebooks' folder
     try:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lgap_utils import files, models
-from lgap_utils.files import CheckpointError, check, locked, sha256, snapshot, write_checksums
+from lgap_utils.files import CheckpointError, check, locked, sha256, snapshot
 from lgap_utils.profiles import REVISIONS
 
 ENTRY = "robustbench:cifar10/Linf/Standard"
@@ -116,6 +116,8 @@ def blip(defense, tmp_path):
     (folder / "model.safetensors").unlink()
     weights = defense.captioner.model.state_dict() | {"text_decoder.bert.embeddings.position_ids": torch.arange(64)[None]}
     torch.save(weights, folder / "pytorch_model.bin")
+    known = {p.name: {"sha256": None, "size": None} for p in folder.iterdir()}          # as the committed lock file names them
+    (tmp_path / "lock.json").write_text(json.dumps({f"{REPOSITORY}@{REVISION}": known}))
     return folder
 
 
@@ -277,11 +279,13 @@ def test_a_download_takes_its_place_only_when_it_has_passed(tmp_path, monkeypatc
     assert not list((tmp_path / "cache").rglob("*.p*t"))
 
 
-def test_a_snapshot_asks_for_what_the_lock_file_names(tmp_path, monkeypatch):
-    (tmp_path / "lock.json").write_text(json.dumps({"a/b@1": {"model.safetensors": {"sha256": None, "size": 1}}}))
+def test_a_snapshot_asks_for_a_pickle_only_where_the_lock_file_names_it(tmp_path, monkeypatch):
+    (tmp_path / "lock.json").write_text(json.dumps({"a/b@1": {"model.bin": {"sha256": None, "size": 1}, "other.fp16": {"sha256": None}}}))
     asked = {}
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **kw: asked.update(kw) or str(tmp_path))
-    (tmp_path / "model.safetensors").write_bytes(b"x")
-    assert snapshot("a/b", "1", ["*.json"]) == tmp_path
-    assert asked == {"revision": "1", "allow_patterns": ["model.safetensors"], "cache_dir": str(tmp_path / "cache")}
-    write_checksums(tmp_path)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **kw: asked.update(kw) or str(tmp_path / "repository"))
+    (tmp_path / "repository").mkdir()
+    with pytest.raises(CheckpointError, match="model.bin of a/b@1 is missing"):
+        snapshot("a/b", "1", ["*.json"])
+    (tmp_path / "repository" / "model.bin").write_bytes(b"x")
+    assert snapshot("a/b", "1", ["*.json"]) == tmp_path / "repository"
+    assert asked == {"revision": "1", "allow_patterns": ["*.json", "model.bin"], "cache_dir": str(tmp_path / "cache")}

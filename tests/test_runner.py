@@ -27,6 +27,7 @@ def get_profile(name, **overrides):
 def stub_profiles(monkeypatch, tmp_path):
     monkeypatch.setattr(runner, "PROFILES", {"toy": Profile()})
     monkeypatch.setattr(runner, "get_profile", get_profile)
+    monkeypatch.setattr(runner, "ready", lambda profile, settings: True)
     monkeypatch.setenv("LGAP_OUTPUTS", str(tmp_path / "outputs"))
 
 
@@ -142,6 +143,15 @@ def test_a_wrong_request_is_refused_before_anything_starts(argv, words, write, c
     folder = write("01_first", "PROFILE = 'toy'\nN_IMAGES = None\nLR = None\nSEED = 0\nTITLE = 'a'")
     write("02_second", "PROFILE = 'toy'\nN_IMAGES = None")
     assert words in refusal(argv, folder, capsys, tmp_path)
+
+
+def test_a_profile_that_cannot_run_is_refused_before_anything_starts(write, tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "ready", lambda profile, settings: settings != {"n_images": 3})
+    folder = write("01_first", "PROFILE = 'toy'\nN_IMAGES = None")
+    with pytest.raises(SystemExit) as stopped:
+        runner.main(["--set", "n_images=3"], folder)
+    assert "profile toy cannot run here; `python -m lgap_utils doctor toy` says more" in stopped.value.code
+    assert not (tmp_path / "outputs").exists()
 
 
 def test_other_fields_of_the_profile_go_into_settings(write, tmp_path):
