@@ -1,8 +1,9 @@
-"""Makes the bundled models of a profile from nothing: python checkpoints/make.py toy|small [--only PART ...]
+"""Makes the models of a profile from nothing: python checkpoints/make.py toy|small|paper [--only PART ...]
 
-Four parts, in this order: classifier, captioner, vae, diffusion; then `measure` writes measured.md. Each part resumes where
-it was killed (its state lies in checkpoints/work/PROFILE/PART), uses a GPU where there is one, and is saved by the class that
-will load it, next to its learning curve.
+`toy` and `small` are the bundled trios, in four parts and this order: classifier, captioner, vae, diffusion; then `measure`
+writes measured.md. `paper` is one model, the CIFAR-100 classifier of Table 2, which exists nowhere to download. Each part
+resumes where it was killed (its state lies in checkpoints/work/PROFILE/PART), uses a GPU where there is one, and is saved by
+the class that will load it, next to its learning curve.
 """
 from __future__ import annotations
 
@@ -17,11 +18,12 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from lgap_utils import models, train  # noqa: E402
+from lgap_utils import models, report, train  # noqa: E402
 from lgap_utils.data import load_images, pixel_caption  # noqa: E402
 from lgap_utils.profiles import get_profile  # noqa: E402
 
-# Sizes and lengths, the only things that differ between the two.
+# Sizes and lengths, the only things that differ between the trios. `cycles` are runs on top of each other, with the learning rate
+# up and down again in each: more can be added to a trained model.
 RECIPES = {
     "toy": {
         "n": 24_000, "flip": False,
@@ -33,11 +35,18 @@ RECIPES = {
     },
     "small": {
         "n": None, "flip": True,
-        "classifier": {"depth": 16, "widen_factor": 2, "lr": 0.2, "optimizer": "sgd", "weight_decay": 5e-4,
-                       "epochs": 10, "batch_size": 128, "augment": True, "small_epochs": 8},
-        "captioner": {"width": 128, "layers": 4, "text_layers": 2, "epochs": 1.5},
+        "classifier": {"depth": 16, "widen_factor": 2, "optimizer": "sgd", "weight_decay": 5e-4, "batch_size": 128,
+                       "cycles": ({"lr": 0.2, "epochs": 10, "small_epochs": 8},
+                                  {"lr": 0.1, "epochs": 8, "small_epochs": 4, "bf16": True})},
+        "captioner": {"width": 128, "layers": 4, "text_layers": 2, "cycles": ({"epochs": 1.5}, {"epochs": 2.25, "bf16": True})},
         "vae": {"channels": (16, 32, 64), "latent_channels": 144, "epochs": 1.5, "kl": 1e-6},
         "diffusion": {"channels": (64, 128), "text_width": 64, "epochs": (2, 1)},
+    },
+    # Yoon et al.'s (meliketoy/wide-resnet.pytorch): the crop is padded with zeros, the momentum is not Nesterov's
+    "paper": {
+        "network": {"depth": 28, "widen_factor": 10, "dropRate": 0.3, "mean": (0.5071, 0.4867, 0.4408), "std": (0.2675, 0.2565, 0.2761)},
+        "training": {"epochs": 200, "lr": 0.1, "schedule": "steps", "optimizer": "sgd", "nesterov": False, "weight_decay": 5e-4,
+                     "batch_size": 128, "pad": 4, "padding": "constant", "bf16": True},
     },
 }
 
@@ -127,16 +136,23 @@ def new_diffusion(vae, captions, profile, device, *, channels, text_width, token
     return purifier.to(device, memory_format=torch.channels_last)
 
 
-def make_classifier(profile, images, captions, work, out, device, depth, widen_factor, **how):
+def folder_of(work, cycle):
+    """Where the state of a cycle lies."""
+    return work / f"cycle{cycle}" if cycle else work
+
+
+def make_classifier(profile, images, captions, work, out, device, depth, widen_factor, cycles=({},), **how):
     net = models.new_wide_resnet(depth, widen_factor, len(images.classes))
-    train.train_classifier(net, images, work, device=device, **how)
+    for cycle, own in enumerate(cycles):
+        train.train_classifier(net, images, folder_of(work, cycle), device=device, seed=cycle, **how | own)
     models.save_classifier(net, out / "classifier", depth=depth, widen_factor=widen_factor, num_classes=len(images.classes))
 
 
-def make_captioner(profile, images, captions, work, out, device, flip=False, epochs=1, **sizes):
-    captioner = new_captioner(captions, profile, device, **sizes)
+def make_captioner(profile, images, captions, work, out, device, width, layers, text_layers, flip=False, cycles=({},), **how):
+    captioner = new_captioner(captions, profile, device, width=width, layers=layers, text_layers=text_layers)
     teacher = models.load_classifier(str(out / "classifier"), device=device)
-    train.train_captioner(captioner, images, captions, work, teacher=teacher, epochs=epochs, flip=flip)
+    for cycle, own in enumerate(cycles):
+        train.train_captioner(captioner, images, captions, folder_of(work, cycle), teacher=teacher, flip=flip, seed=cycle, **how | own)
     captioner.model.half().save_pretrained(out / "captioner")
     captioner.processor.save_pretrained(out / "captioner")
 
@@ -148,7 +164,7 @@ def make_vae(profile, images, captions, work, out, device, flip=False, epochs=1,
 
 
 def make_diffusion(profile, images, captions, work, out, device, flip=False, epochs=(1,), **sizes):
-    """A run for each number of epochs, with the learning rate up and down again in each: more can be added to a trained model."""
+    """A cycle for each entry of `epochs`."""
     from diffusers import AutoencoderKL
     vae = AutoencoderKL.from_pretrained(out / "diffusion" / "vae", torch_dtype=torch.float32, low_cpu_mem_usage=False,
                                         local_files_only=True)
@@ -165,7 +181,7 @@ def measure(profile, out, device):
     """What the saved models are worth on the profile's test images, into measured.md. The classifier is not fine-tuned here."""
     import pandas as pd
 
-    from lgap_utils import attacks, report
+    from lgap_utils import attacks
     from lgap_utils.data import names_class
     from lgap_utils.keyed import Keys
     defense, test = models.load_defense(profile, device=device), load_images(profile.dataset, "test", profile.n_images)
@@ -201,31 +217,66 @@ def measure(profile, out, device):
 PARTS = {"classifier": make_classifier, "captioner": make_captioner, "vae": make_vae, "diffusion": make_diffusion}
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("profile", choices=sorted(RECIPES))
-    parser.add_argument("--only", nargs="+", choices=[*PARTS, "measure"], default=[*PARTS, "measure"], help="default: all")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: all)")
-    args = parser.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    profile, recipe = get_profile(args.profile), RECIPES[args.profile]
-    device, out = models.device_and_dtype(), HERE / args.profile
-    if args.only == ["measure"]:
+def make_trio(name, parts, device):
+    """The parts of a bundled profile, into checkpoints/NAME."""
+    profile, recipe, out = get_profile(name), RECIPES[name], HERE / name
+    if parts == ["measure"]:
         return measure(profile, out, device)
     images = load_images(profile.dataset, "train", recipe["n"])
     captions = images.captions or [pixel_caption(p, images.classes[y], i) for p, y, i in
                                    zip(images.pixels, images.labels.tolist(), images.indices.tolist())]
-    for name in [part for part in PARTS if part in args.only]:
+    for part in [part for part in PARTS if part in parts]:
         torch.manual_seed(0)                                            # the initial weights
-        flip = {} if name == "classifier" else {"flip": recipe["flip"]}
-        work = HERE / "work" / args.profile / name
-        PARTS[name](profile, images, captions, work, out, device, **flip, **recipe[name])
+        flip = {} if part == "classifier" else {"flip": recipe["flip"]}
+        work = HERE / "work" / name / part
+        PARTS[part](profile, images, captions, work, out, device, **flip, **recipe[part])
         for log in work.rglob("log.csv"):
             shutil.copy(log, out / f"{log.parent.relative_to(work.parent).as_posix().replace('/', '_')}_curve.csv")
         models.write_checksums(out)
-    if "measure" in args.only:
+    if "measure" in parts:
         measure(profile, out, device)
+
+
+def make_paper(device, out=None, work=HERE / "work" / "paper", n=None, epochs=None, **sizes):
+    """The WideResNet that Table 2 needs, into `out`, from the first n training images (None: all).
+
+    epochs and sizes (depth, widen_factor) replace those of the recipe.
+    """
+    profile, recipe = get_profile("paper", table=2), RECIPES["paper"]
+    out = Path(out or HERE.parent / profile.classifier)
+    images, validation = load_images(profile.dataset, "train", n), load_images(profile.dataset, "validation")
+    config = recipe["network"] | {"num_classes": len(images.classes)} | sizes
+    training = recipe["training"] | ({"epochs": epochs} if epochs else {})
+    torch.manual_seed(0)                                                # the initial weights
+    net = models.new_classifier(**config)
+    train.train_classifier(net, images, work, validation=validation, device=device, **training)
+    models.save_classifier(net, out, **config)
+    shutil.copy(work / "log.csv", out / "curve.csv")
+    models.write_checksums(out)
+    right = report.share(train.hits(net, validation.x.to(device), validation.labels))
+    print(f"{right['%']} % of {right['n']} validation images right (95 % interval {right['95 % interval']}); saved in {out}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("profile", choices=sorted(RECIPES))
+    parser.add_argument("--threads", type=int, help="CPU threads (default: all)")
+    parser.add_argument("--only", nargs="+", choices=[*PARTS, "measure"], help="parts of `toy` and `small` (default: all)")
+    sizes = parser.add_argument_group("for `paper`", "the same training at another size or length")
+    sizes.add_argument("--depth", type=int, help="6 k + 4")
+    sizes.add_argument("--widen-factor", type=int)
+    sizes.add_argument("--epochs", type=int, help="the learning rate falls after 30, 60 and 80 %% of them")
+    sizes.add_argument("--n", type=int, help="the first so many training images")
+    sizes.add_argument("--out", help="folder of the result (default: checkpoints/paper/cifar100)")
+    args = parser.parse_args()
+    given = {name: value for name in ("depth", "widen_factor", "epochs", "n", "out") if (value := getattr(args, name)) is not None}
+    if args.profile == "paper" and args.only or args.profile != "paper" and given:
+        parser.error(f"{args.profile} takes no {', '.join(given) or '--only'}")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if args.profile == "paper":
+        return make_paper(models.device_of(), **given)
+    make_trio(args.profile, args.only or [*PARTS, "measure"], models.device_of())
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm.auto import tqdm
 
-from .keyed import generator
+from .keyed import generator, seed_of
 
 
 def one_cycle(step, n_steps, warmup=0.1):
@@ -27,9 +27,17 @@ def one_cycle(step, n_steps, warmup=0.1):
     return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, n_steps - rise)))
 
 
+def steps(step, n_steps, warmup=None):
+    """Learning-rate factor 1, times 0.2 after 30, 60 and 80 % of the steps: at epochs 60, 120 and 160 of 200."""
+    return 0.2 ** sum(10 * step >= tenths * n_steps for tenths in (3, 6, 8))
+
+
 def constant(step, n_steps, warmup):
     """Learning-rate factor 1 throughout."""
     return 1.0
+
+
+SCHEDULES = {f.__name__: f for f in (one_cycle, steps, constant)}
 
 
 def save_atomically(obj, path):
@@ -44,12 +52,13 @@ def save_atomically(obj, path):
     os.replace(part, path)
 
 
-def fit(model, loss_of, *, n_steps, lr, folder, seed=0, optimizer="adamw", weight_decay=0.0, warmup=0.1,
-        schedule=one_cycle, clip=None, ema=None, save_every=250, log_every=50, measure=None, title=None, data=None):
+def fit(model, loss_of, *, n_steps, lr, folder, seed=0, optimizer="adamw", nesterov=True, weight_decay=0.0, warmup=0.1,
+        schedule=one_cycle, bf16=False, clip=None, ema=None, save_every=250, log_every=50, measure=None, title=None, data=None):
     """Train `model` in place for `n_steps` optimiser steps; resume from `folder/state.pt` if it is there.
 
     loss_of(step, rng) -> scalar loss, or (loss, {name: number}) to log; `rng` is a CPU torch.Generator that depends
-    on (seed, step) alone. optimizer: "adamw", "adam" or "sgd" (Nesterov, momentum 0.9). ema: decay of an exponential
+    on (seed, step) alone, and so does the global generator, which dropout draws from. optimizer: "adamw", "adam" or "sgd"
+    (momentum 0.9, Nesterov's unless switched off). bf16: autocast the forward pass to it. ema: decay of an exponential
     moving average of the parameters, which replaces them at the end. measure() -> {name: number} is called in evaluation
     mode at each logged step. Writes `folder/log.csv` (step, lr, loss, ...), which is also what is returned.
     Raises ValueError if the folder holds a run of another length or seed, or one whose loss is not finite.
@@ -59,14 +68,15 @@ def fit(model, loss_of, *, n_steps, lr, folder, seed=0, optimizer="adamw", weigh
     params = [p for p in model.parameters() if p.requires_grad]
     make = {"adamw": lambda: torch.optim.AdamW(params, lr=lr, weight_decay=weight_decay),
             "adam": lambda: torch.optim.Adam(params, lr=lr, weight_decay=weight_decay),
-            "sgd": lambda: torch.optim.SGD(params, lr=lr, weight_decay=weight_decay, momentum=0.9, nesterov=True)}
+            "sgd": lambda: torch.optim.SGD(params, lr=lr, weight_decay=weight_decay, momentum=0.9, nesterov=nesterov)}
     if optimizer not in make:
         raise ValueError(f"no optimizer {optimizer!r}; choose from {sorted(make)}")
     opt = make[optimizer]()
     average = [p.detach().clone() for p in params] if ema else []
     rows, start, state_file = [], 0, folder / "state.pt"
-    config = {"n_steps": n_steps, "lr": lr, "seed": seed, "optimizer": optimizer, "weight_decay": weight_decay,
-              "warmup": warmup, "schedule": schedule.__name__, "clip": clip, "ema": ema, "data": data}
+    config = {"n_steps": n_steps, "lr": lr, "seed": seed, "optimizer": optimizer, "nesterov": nesterov, "weight_decay": weight_decay,
+              "warmup": warmup, "schedule": schedule.__name__, "bf16": bf16, "clip": clip, "ema": ema, "data": data,
+              "parameters": sum(p.numel() for p in params)}
     if state_file.exists():
         state = torch.load(state_file, map_location="cpu", weights_only=True)
         if state["config"] != config:
@@ -92,7 +102,9 @@ def fit(model, loss_of, *, n_steps, lr, folder, seed=0, optimizer="adamw", weigh
     for step in bar:
         for group in opt.param_groups:
             group["lr"] = lr * schedule(step, n_steps, warmup)
-        out = loss_of(step, generator(seed, step, "train"))
+        torch.manual_seed(seed_of(seed, step, "layers"))
+        with torch.autocast(params[0].device.type, torch.bfloat16, enabled=bf16):
+            out = loss_of(step, generator(seed, step, "train"))
         loss, extra = out if isinstance(out, tuple) else (out, {})
         opt.zero_grad(set_to_none=True)
         loss.backward()
@@ -138,48 +150,68 @@ class Batches:
         return self._order[place * self.batch_size:(place + 1) * self.batch_size]
 
 
-def crop_and_flip(x, rng, pad=4):
-    """CIFAR's usual augmentation, per image: reflect-pad by `pad`, crop at a random place, mirror half of them."""
+def crop_and_flip(x, rng, pad=4, padding="reflect"):
+    """CIFAR's usual augmentation, per image: pad by `pad`, crop at a random place, mirror half of them.
+
+    padding: "reflect", or "constant" for black. x may lie on any device; which crop it gets depends on `rng` alone.
+    """
     n, _, h, w = x.shape
-    x = F.pad(x, (pad,) * 4, mode="reflect")
+    x = F.pad(x, (pad,) * 4, mode=padding)
     top = torch.randint(2 * pad + 1, (n, 1, 1), generator=rng) + torch.arange(h).view(1, h, 1)
     left = torch.randint(2 * pad + 1, (n, 1, 1), generator=rng) + torch.arange(w).view(1, 1, w)
     left = torch.where(torch.rand(n, 1, 1, generator=rng) < 0.5, left.flip(2), left)
-    return x[torch.arange(n).view(n, 1, 1), :, top, left].permute(0, 3, 1, 2).contiguous()
+    image, top, left = (i.to(x.device) for i in (torch.arange(n).view(n, 1, 1), top, left))
+    return x[image, :, top, left].permute(0, 3, 1, 2).contiguous()
+
+
+def hits(model, x, y, batch_size=250):
+    """Whether `model` labels each image as y: bool [n]."""
+    with torch.no_grad():
+        return torch.cat([model(part).argmax(1).cpu() for part in x.split(batch_size)]) == y
 
 
 def accuracy(model, x, y, batch_size=250):
     """Share of images that `model` labels as y."""
-    with torch.no_grad():
-        guess = torch.cat([model(part).argmax(1).cpu() for part in x.split(batch_size)])
-    return (guess == y).float().mean().item()
+    return hits(model, x, y, batch_size).float().mean().item()
 
 
 # ---------------------------------------------------------------- the classifier
 
-def train_classifier(net, images, folder, *, epochs, batch_size=128, lr=0.2, optimizer="sgd", weight_decay=5e-4,
-                     augment=True, small_epochs=0, small_side=24, seed=0, device="cpu"):
+def train_classifier(net, images, folder, *, epochs, batch_size=128, lr=0.2, optimizer="sgd", nesterov=True, weight_decay=5e-4,
+                     schedule="one_cycle", augment=True, pad=3, padding="reflect", small_epochs=0, small_side=24, bf16=False,
+                     validation=None, seed=0, device="cpu"):
     """Standard training, cross-entropy on clean images: what the paper calls the raw classifier.
 
-    The first `small_epochs` run on images shrunk to `small_side`, at little more than half the cost.
+    The first `small_epochs` run on images shrunk to `small_side`, at little more than half the cost. With images for
+    `validation`, the learning curve has a row an epoch, with the accuracy on them.
     """
     batches = Batches(len(images), batch_size, seed)
     net.to(device, memory_format=torch.channels_last)
-
-    def logits(x):   # the network's own forward pools 8 x 8 maps only; global pooling is the same at 32 and works at 24
-        return net.fc(feature_maps(net, x).mean((2, 3)))
+    pixels, labels = images.pixels.to(device), images.labels.to(device)
+    small_steps = small_epochs * batches.per_epoch
 
     def loss_of(step, rng):
-        rows = batches(step)
-        x, y = images.pixels[rows].float() / 255, images.labels[rows].to(device)
-        x = crop_and_flip(x, rng, pad=3) if augment else x
-        if step < small_epochs * batches.per_epoch:
+        rows = batches(step).to(device)
+        x, y = pixels[rows].float() / 255, labels[rows]
+        if augment:
+            x = crop_and_flip(x, rng, pad, padding)
+        if step < small_steps:
             x = F.interpolate(x, size=small_side, mode="bilinear", align_corners=False, antialias=True)
-        out = logits(x.to(device).contiguous(memory_format=torch.channels_last))
+        out = logits(net, x.contiguous(memory_format=torch.channels_last)).float()
         return F.cross_entropy(out, y), {"accuracy": (out.argmax(1) == y).float().mean()}
 
-    return fit(net, loss_of, n_steps=round(epochs * batches.per_epoch), lr=lr, folder=folder, optimizer=optimizer,
-               weight_decay=weight_decay, warmup=0.15, save_every=batches.per_epoch, seed=seed)
+    def measure():
+        return {"validation": accuracy(net, validation.x.to(device), validation.labels)}
+
+    return fit(net, loss_of, n_steps=round(epochs * batches.per_epoch), lr=lr, folder=folder, optimizer=optimizer, nesterov=nesterov,
+               weight_decay=weight_decay, warmup=0.15, schedule=SCHEDULES[schedule], bf16=bf16, save_every=batches.per_epoch,
+               log_every=batches.per_epoch if validation else 50, measure=measure if validation else None, seed=seed,
+               data=f"{len(images)} of {images.source}")
+
+
+def logits(net, x):
+    """`net(x)` for a WideResNet and images of another size than 32 too: its own forward pools 8 x 8 maps only."""
+    return net(x) if x.shape[-1] == 32 else net.fc(feature_maps(net, x).mean((2, 3)))
 
 
 def finetune(net, x, y, folder, *, epochs=15, lr=1e-3, batch_size=128, x_val, y_val, seed=0):
@@ -216,7 +248,7 @@ def feature_maps(net, x):
     return net.relu(net.bn1(net.block3(net.block2(net.block1(net.conv1(x))))))
 
 
-def train_captioner(captioner, images, captions, folder, *, teacher, epochs, batch_size=64, lr=1e-3, flip=False, seed=0):
+def train_captioner(captioner, images, captions, folder, *, teacher, epochs, batch_size=64, lr=1e-3, flip=False, bf16=False, seed=0):
     """Teach BLIP the captions (cross-entropy on the next word), on clean, noisy and blurred images alike.
 
     Half of the images get Gaussian noise of up to 0.1, a quarter a blur: a captioner should be no easier to upset than
@@ -256,7 +288,7 @@ def train_captioner(captioner, images, captions, folder, *, teacher, epochs, bat
         return loss, {"words": out.loss, "local": local, "class": (guess.argmax(1) == y).float().mean()}
 
     return fit(nn.ModuleList([blip, readout]), loss_of, n_steps=round(epochs * batches.per_epoch), lr=lr, folder=folder,
-               weight_decay=0.05, warmup=0.1, clip=1.0, seed=seed)
+               weight_decay=0.05, warmup=0.1, clip=1.0, bf16=bf16, seed=seed)
 
 
 # ---------------------------------------------------------------- the diffusion model

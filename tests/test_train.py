@@ -1,4 +1,5 @@
 """A killed run ends where an unbroken one does, and training changes what it should."""
+import contextlib
 import copy
 import csv
 import math
@@ -8,6 +9,7 @@ import torch
 from torch import nn
 
 from lgap_utils import models, train
+from lgap_utils.data import CIFAR100_CLASSES, Images
 from lgap_utils.keyed import generator
 
 
@@ -34,7 +36,8 @@ def run(net, folder, kill_at=None, **how):
 
 
 @pytest.mark.parametrize("how", [{"optimizer": "adamw", "weight_decay": 0.1}, {"optimizer": "sgd", "clip": 0.5},
-                                 {"optimizer": "adam", "ema": 0.9}], ids=["adamw", "sgd", "adam and average"])
+                                 {"optimizer": "adam", "ema": 0.9}, {"optimizer": "sgd", "nesterov": False, "bf16": True}],
+                         ids=["adamw", "sgd", "adam and average", "bf16"])
 def test_a_killed_run_ends_like_an_unbroken_one(tmp_path, how):
     whole, broken = linear(), linear()
     rows = run(whole, tmp_path / "whole", **how)
@@ -68,7 +71,8 @@ def test_the_log_holds_what_was_returned(tmp_path):
 
 @pytest.mark.parametrize("how, says", [
     ({"lr": 0.02}, r"'lr': \(0.01, 0.02\)"), ({"seed": 1}, r"'seed': \(0, 1\)"), ({"n_steps": 30}, r"\(20, 30\)"),
-    ({"optimizer": "sgd"}, "'adamw', 'sgd'"), ({"ema": 0.9}, "ema"), ({"clip": 1.0}, "clip"), ({"warmup": 0.5}, "warmup")], ids=str)
+    ({"optimizer": "sgd"}, "'adamw', 'sgd'"), ({"ema": 0.9}, "ema"), ({"clip": 1.0}, "clip"), ({"warmup": 0.5}, "warmup"),
+    ({"nesterov": False}, "nesterov"), ({"bf16": True}, "bf16")], ids=str)
 def test_a_folder_of_another_run_is_refused_with_the_difference(tmp_path, how, says):
     with pytest.raises(Killed):
         run(linear(), tmp_path, kill_at=12)
@@ -106,6 +110,34 @@ def test_steps_are_those_of_the_formula(tmp_path, optimizer, decay):
     assert math.isclose(net.weight.item(), expected, abs_tol=1e-6)
 
 
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_momentum_is_that_of_the_formula(tmp_path, nesterov):
+    net = nn.Linear(1, 1, bias=False)
+    net.weight.data.fill_(1)
+    train.fit(net, lambda step, rng: 3 * net.weight.sum(), n_steps=5, lr=0.1, folder=tmp_path, optimizer="sgd", nesterov=nesterov,
+              schedule=train.constant)
+    weight, momentum = 1.0, 0.0
+    for _ in range(5):
+        momentum = 0.9 * momentum + 3
+        weight -= 0.1 * (3 + 0.9 * momentum if nesterov else momentum)
+    assert math.isclose(net.weight.item(), weight, abs_tol=1e-5)
+
+
+def test_what_dropout_draws_depends_on_the_seed_and_the_step_alone(tmp_path):
+    def drawn(folder, seed):
+        net, found = nn.Linear(1, 1), []
+
+        def loss_of(step, rng):
+            found.append(torch.rand(1).item())
+            return net.weight.sum()
+
+        train.fit(net, loss_of, n_steps=4, lr=0.1, folder=folder, seed=seed)
+        return found
+    first = drawn(tmp_path / "first", 0)
+    torch.rand(5)
+    assert drawn(tmp_path / "again", 0) == first and len(set(first)) == 4 and not set(drawn(tmp_path / "other", 1)) & set(first)
+
+
 def test_the_average_is_that_of_the_formula(tmp_path):
     net = nn.Linear(1, 1, bias=False)
     net.weight.data.fill_(1)
@@ -125,6 +157,17 @@ def test_the_learning_rate_rises_to_one_and_ends_at_zero():
     assert rates[top] == 1 and rates[:top + 1] == sorted(rates[:top + 1]) and rates[top:] == sorted(rates[top:], reverse=True)
     assert 9 <= top <= 10 and rates[0] > 0 and rates[99] < 1e-3 and abs(rates[100]) < 1e-12
     assert all(0 < train.one_cycle(step, n) <= 1 for n in (1, 2, 3, 7) for step in range(n))
+
+
+@pytest.mark.parametrize("epochs, milestones", [(200, (60, 120, 160)), (10, (3, 6, 8)), (60, (18, 36, 48))])
+def test_the_learning_rate_falls_where_that_of_torch_does(epochs, milestones):
+    optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=1)
+    expected = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, gamma=0.2)
+    for epoch in range(epochs):
+        for step in (7 * epoch, 7 * epoch + 6):                       # an epoch has seven steps
+            assert math.isclose(train.steps(step, 7 * epochs), expected.get_last_lr()[0], rel_tol=1e-9)
+        optimizer.step()
+        expected.step()
 
 
 @pytest.mark.parametrize("n, batch_size", [(12, 4), (10, 4), (3, 8)])
@@ -153,12 +196,14 @@ def test_augmentation_moves_and_mirrors(images):
     assert torch.equal(train.crop_and_flip(x, generator(1)), train.crop_and_flip(x, generator(1)))
 
 
-def test_a_crop_is_a_window_of_the_padded_image():
-    x = torch.arange(3 * 8 * 8.0).view(1, 3, 8, 8).repeat(40, 1, 1, 1)
-    padded = nn.functional.pad(x[:1], (2,) * 4, mode="reflect")[0]
+@pytest.mark.parametrize("padding", ["reflect", "constant"])
+def test_a_crop_is_a_window_of_the_padded_image(padding):
+    x = torch.arange(3 * 8 * 8.0).view(1, 3, 8, 8).repeat(40, 1, 1, 1) + 1
+    padded = nn.functional.pad(x[:1], (2,) * 4, mode=padding)[0]
     windows = [padded[:, i:i + 8, j:j + 8] for i in range(5) for j in range(5)]
     windows += [w.flip(2) for w in windows]
-    found = {next(k for k, w in enumerate(windows) if torch.equal(w, image)) for image in train.crop_and_flip(x, generator(2), pad=2)}
+    found = {next(k for k, w in enumerate(windows) if torch.equal(w, image))
+             for image in train.crop_and_flip(x, generator(2), pad=2, padding=padding)}
     assert len(found) > 15
 
 
@@ -183,6 +228,90 @@ def test_a_classifier_learns_four_scenes_by_heart(net, images, tmp_path):
     assert math.isclose(first["loss"], expected, rel_tol=1e-4)
     rows = train.train_classifier(net, some, tmp_path / "all", epochs=40, lr=0.01, small_epochs=5, **how)
     assert train.accuracy(net, some.x, some.labels) == rows[-1]["accuracy"] == 1
+
+
+def test_half_precision_is_for_the_forward_pass_alone(net, images, tmp_path):
+    """Convolutions run in bf16, the loss and the weights stay in single precision, and the first loss is nearly that of it."""
+    seen, losses = [], []
+    for bf16 in (False, True):
+        copied = copy.deepcopy(net).requires_grad_(True)
+        copied.block1.register_forward_hook(lambda _, args, out: seen.append(out.dtype))
+        (row,) = train.train_classifier(copied, images, tmp_path / str(bf16), epochs=1, batch_size=8, bf16=bf16)
+        losses.append(row["loss"])
+        assert all(p.dtype == torch.float32 for p in copied.parameters())
+    assert seen == [torch.float32, torch.bfloat16] and losses[0] != losses[1] and math.isclose(*losses, rel_tol=0.02)
+
+
+def test_a_cycle_goes_on_from_the_one_before(make, profile, images, tmp_path):
+    """The same as one run after the other by hand; each leaves its learning curve."""
+    how = {"depth": 10, "widen_factor": 1, "batch_size": 4, "cycles": ({"epochs": 1}, {"epochs": 2, "lr": 0.01})}
+    torch.manual_seed(0)
+    make.make_classifier(profile, images, None, tmp_path / "work", tmp_path, "cpu", **how)
+    assert [len((tmp_path / "work" / f).read_text().split()) - 1 for f in ("log.csv", "cycle1/log.csv")] == [2, 2]
+    torch.manual_seed(0)
+    net = models.new_wide_resnet(10, 1, 10)
+    for seed, own in enumerate(how["cycles"]):
+        train.train_classifier(net, images, tmp_path / f"by hand {seed}", batch_size=4, seed=seed, **own)
+    assert models.state_digest(models.load_classifier(str(tmp_path / "classifier"), device="cpu")) == models.state_digest(net)
+
+
+@pytest.fixture
+def cifar100(make, monkeypatch):
+    """Noise in place of CIFAR-100."""
+    def load(dataset, split, n=None):
+        n = n or 24
+        rng = generator("cifar100", split)
+        return Images(torch.randint(256, (n, 3, 32, 32), generator=rng, dtype=torch.uint8), torch.randint(100, (n,), generator=rng),
+                      torch.arange(n), CIFAR100_CLASSES, None, f"noise, {split}")
+    monkeypatch.setattr(make, "load_images", load)
+    return load
+
+
+def test_the_cifar100_classifier_resumes_and_loads(make, cifar100, monkeypatch, tmp_path, capsys):
+    """Killed in its second epoch, with dropout and in bf16: the same weights; and it takes images in [0, 1]."""
+    monkeypatch.setitem(make.RECIPES["paper"]["training"], "batch_size", 8)
+    how = {"depth": 10, "widen_factor": 1, "epochs": 3}
+    make.make_paper("cpu", tmp_path / "whole", tmp_path / "work", **how)
+    assert "% of 24 validation images right (95 % interval " in capsys.readouterr().out
+    crop, calls = train.crop_and_flip, []
+
+    def killed(*args):
+        calls.append(args[2:])
+        if len(calls) == 5:
+            raise Killed
+        return crop(*args)
+
+    monkeypatch.setattr(train, "crop_and_flip", killed)
+    for _ in range(2):
+        with contextlib.suppress(Killed):
+            make.make_paper("cpu", tmp_path / "broken", tmp_path / "work of the killed", **how)
+    assert len(calls) == 5 + 6 and set(calls) == {(4, "constant")}
+    net, again = (models.load_classifier(str(tmp_path / name), device="cpu") for name in ("whole", "broken"))
+    assert models.state_digest(net) == models.state_digest(again)
+    for name in ("curve.csv", "SHA256SUMS", "config.json"):
+        assert (tmp_path / "whole" / name).read_text() == (tmp_path / "broken" / name).read_text()
+    x = cifar100("cifar100", "validation").x
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)))
+    assert isinstance(net, models.Normalized) and torch.allclose(net(x), net.net((x - mean) / std), atol=1e-5)
+    assert net(x).shape == (24, 100) and {m.droprate for m in net.modules() if hasattr(m, "droprate")} == {0.3}
+
+
+def test_the_curve_of_the_cifar100_classifier_has_a_row_an_epoch(make, cifar100, monkeypatch, tmp_path):
+    monkeypatch.setitem(make.RECIPES["paper"]["training"], "batch_size", 8)
+    make.make_paper("cpu", tmp_path / "out", tmp_path / "work", depth=10, widen_factor=1, epochs=10, n=16)
+    with open(tmp_path / "out" / "curve.csv", newline="") as f:
+        rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(f)]
+    assert [row["step"] for row in rows] == [*range(0, 20, 2), 19] and all(0 <= row["validation"] <= 1 for row in rows)
+    assert [row["lr"] for row in rows] == pytest.approx([0.1] * 3 + [0.02] * 3 + [0.004] * 2 + [0.0008] * 3)
+
+
+@pytest.mark.parametrize("line, says", [("toy --epochs 2", "toy takes no epochs"), ("paper --only vae", "paper takes no --only"),
+                                        ("huge", "invalid choice: 'huge'")])
+def test_the_command_line_refuses_what_a_profile_has_not(make, monkeypatch, capsys, line, says):
+    monkeypatch.setattr("sys.argv", ["make.py", *line.split()])
+    with pytest.raises(SystemExit):
+        make.main()
+    assert says in capsys.readouterr().err
 
 
 def test_fine_tuning_learns_and_reports_each_epoch(net, images, tmp_path):
