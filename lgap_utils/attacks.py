@@ -422,6 +422,10 @@ class Attack:
         asked = self.n_eot * {"pgd": looks, "square": self.n_steps, "autoattack": 2 * self.n_steps}[self.optimiser]
         return (0, asked) if self.view == "full" and self.optimiser != "square" else (asked, 0)
 
+    def whole(self, n):
+        """n images, rounded up to whole blocks: AutoAttack does no part of one."""
+        return math.ceil(n / self.block) * self.block
+
     def gradients(self):
         """Gradients of the bare classifier for one image of a blind attack. AutoAttack's are those of its first part, the least it takes."""
         return self.n_steps * self.n_restarts if self.view == "blind" and self.optimiser in ("pgd", "autoattack") else 0

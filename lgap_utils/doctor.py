@@ -302,9 +302,11 @@ class Tally:
     def run(self, folder, attack, n, /, **changes):
         """Evaluation.run of LGAP and what stands beside it, of which LGAP without a caption asks the denoiser, too: without guidance."""
         from .attacks import NATURAL, get_attack
-        total = Counter()
-        n = min(n, self.p.n_images)
-        for each in (NATURAL, get_attack(attack, **changes)):
+        total, own = Counter(), get_attack(attack, **changes)
+        if own.optimiser == "autoattack":
+            own = dataclasses.replace(own, block=self.p.autoattack_block)
+        n = min(own.whole(n), self.p.n_images)
+        for each in (NATURAL, own):
             new = n - self.kept[folder, each.name]
             self.kept[folder, each.name] += max(0, new)
             if new > 0:
