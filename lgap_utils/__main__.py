@@ -7,6 +7,7 @@ import sys
 import textwrap
 
 from . import doctor, runner
+from .files import CheckpointError
 from .profiles import PROFILES, get_profile
 
 
@@ -72,7 +73,10 @@ def main(argv=None):
         settings = settings_of(args.profile, args.set)
     except ValueError as error:
         parser.error(str(error))
-    checks = doctor.examine(args.profile, args.deep, **settings)
+    try:
+        checks = doctor.examine(args.profile, args.deep, **settings)
+    except CheckpointError as error:    # of the lock file itself
+        sys.exit(str(error))
     show(checks, shutil.get_terminal_size((140, 24)).columns)
     show_costs(args.profile, settings)
     ready = doctor.can_run(checks)

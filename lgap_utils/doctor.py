@@ -13,6 +13,7 @@ import re
 import shlex
 import shutil
 import time
+import urllib.error
 import urllib.request
 from collections import Counter
 from collections.abc import Callable
@@ -48,12 +49,14 @@ class Item:
         return {file: size for file, size in self.sizes.items() if file not in self.there}
 
 
-def examine(name, deep=False, **settings):
-    """[Check] of everything that a profile and its tables need. deep: digests of models and every image are checked, too.
+def examine(name, deep=False, notebooks=None, **settings):
+    """[Check] of everything that a profile needs for some notebooks, by name, or for all. deep: digests of models and every image
+    are checked, too.
 
     Raises ValueError, with the choices, for an unknown profile, field or value.
     """
-    profiles = [get_profile(name, table, **settings) for table in (None, 1, 2, 3, 4)]
+    tables = dict.fromkeys(NOTEBOOKS[n][0] if n in NOTEBOOKS else None for n in notebooks or NOTEBOOKS)
+    profiles = [get_profile(name, table, **settings) for table in tables]
     found = [*_models(profiles), *_data_sets(profiles)]
     wanted = [item for item in found if isinstance(item, Item) and item.absent and item.url]
     answers = {} if files.offline() else {url: _answers(url) for url in dict.fromkeys(item.url for item in wanted)}
@@ -135,6 +138,8 @@ def _answers(url):
     """Whether a host can be reached, within five seconds."""
     try:
         urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=5).close()
+    except urllib.error.HTTPError:      # a server that shows nothing at its root is there all the same
+        return True
     except Exception:           # a name that is not found, a refusal, a proxy's form: all mean the same here
         return False
     return True

@@ -143,8 +143,8 @@ class Evaluation:
     def __init__(self, defenses, images, folder, *, config, n_draws=1, seed=0, batch_size=64):
         self.defenses, self.images, self.folder = dict(defenses), images, Path(folder)
         self.target = next(iter(self.defenses.values()))
-        self.n_draws, self.seed, self.room = n_draws, seed, Room.of(batch_size)
         self.device = next((p.device for p in self.target.parameters()), torch.device("cpu"))
+        self.n_draws, self.seed, self.room = n_draws, seed, Room(batch_size, self.device)
         parts = {name: {part: identity(getattr(d, part)) for part in ("captioner", "purifier", "classifier")} | {"input_size": d.input_size}
                  for name, d in self.defenses.items()}
         self.pixels = {int(i): hashlib.blake2b(image.tobytes(), digest_size=8).hexdigest()
@@ -308,7 +308,7 @@ def purify_rows(defense, images, folder, *, config, x=None, seed=0, batch_size=6
         bar.update(len(part))
 
     with tqdm(total=len(images), initial=len(images) - len(todo), desc=title, mininterval=2) as bar:
-        in_parts(purify, len(todo), batch_size)
+        in_parts(purify, len(todo), Room(batch_size, device))
     table = rows.read()
     return table[table["index"].isin(images.indices.tolist())].reset_index(drop=True)
 

@@ -95,11 +95,15 @@ def lock_file():
 
 def locked(source):
     """{file: {"sha256" (None: not known yet), "size"}} of a source: "repository@revision", or "robustbench"."""
+    return _lock().get(source, {})
+
+
+def _lock():
     file = lock_file()
     try:
-        return json.loads(file.read_text())[source] if file.exists() else {}
-    except KeyError:
-        return {}
+        return json.loads(file.read_text())
+    except FileNotFoundError:           # without it every digest would be a first use, and nothing be checked
+        raise CheckpointError(f"{file} is not there; restore it from the repository, or copy it to where LGAP_LOCK says") from None
     except ValueError:
         raise CheckpointError(f"{file} is not JSON; restore it from the repository, or name another with LGAP_LOCK") from None
 
@@ -134,8 +138,7 @@ def check(path, source, name, again):
 
 
 def _record(source, name, entry):
-    file = lock_file()
-    lock = json.loads(file.read_text()) if file.exists() else {}
+    file, lock = lock_file(), _lock()
     lock.setdefault(source, {})[name] = entry
     try:
         write_whole(file, (json.dumps(lock, indent=1, sort_keys=True) + "\n").encode())

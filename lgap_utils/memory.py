@@ -1,4 +1,4 @@
-"""How many images go into one call: as many as fit. No result depends on it, since every draw belongs to its image."""
+"""How many images go into one call: as many as fit. Every draw belongs to its image, so it changes a result by rounding at most."""
 from __future__ import annotations
 
 import gc
@@ -7,10 +7,11 @@ import torch
 
 
 class Room:
-    """The number of draws that one call may take: halved when memory runs out, doubled while most of a GPU stands empty."""
+    """The number of draws that one call may take: halved when memory runs out, and doubled while most of the GPU `device` is empty."""
 
-    def __init__(self, size, most=4096):
+    def __init__(self, size, device=None, most=4096):
         self.size, self.most = size, most
+        self.gpu = device if device is not None and torch.device(device).type == "cuda" else None
 
     @classmethod
     def of(cls, size):
@@ -29,7 +30,8 @@ class Room:
                 raise
             said = str(error).splitlines()[0][:200]
         else:
-            self._grow()
+            if self.gpu is not None and tried >= self.size:
+                self._grow()
             return True, result
         # outside of `except`, whose traceback would keep the tensors of the failed call alive
         if tried <= 1:
@@ -42,14 +44,14 @@ class Room:
         return False, None
 
     def _grow(self):
-        if self.size < self.most and torch.cuda.is_available():
-            if torch.cuda.max_memory_reserved() < 0.4 * torch.cuda.get_device_properties(0).total_memory:
-                self.size = min(self.most, 2 * self.size)
+        if torch.cuda.max_memory_reserved(self.gpu) < 0.4 * torch.cuda.get_device_properties(self.gpu).total_memory:
+            self.size = min(self.most, 2 * self.size)
 
 
 def ran_out(error):
-    """Whether an error says that memory ran out."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error) or "not enough memory" in str(error)
+    """Whether an error says that memory ran out; CUDA's libraries have words of their own for it."""
+    words = ("can't allocate memory", "not enough memory", "CUDA error: out of memory", "ALLOC_FAILED", "unable to find an engine")
+    return isinstance(error, torch.OutOfMemoryError) or any(part in str(error) for part in words)
 
 
 def in_parts(call, n, batch_size, draws=1):

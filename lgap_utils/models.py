@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import sys
+from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
@@ -326,22 +327,25 @@ def _fetch_robustbench(file, dataset, threat, model):
 
 # ---------------------------------------------------------------- the whole defence
 
-def digests(name, revision=None):
-    """{file: sha256} of a model's files, as far as they are known without opening it."""
+def digests(name, revision=None, patterns=("*",)):
+    """{file: sha256} of those files of a model that fit `patterns`, as far as they are known without opening it."""
     if name.startswith("robustbench:"):
         file = f"{name.removeprefix('robustbench:')}.pt"
         return {file: locked("robustbench").get(file, {}).get("sha256")}
     folder = locate(name)
     if folder is None:
         source = f"{name}@{revision or REVISIONS.get(name)}"
-        return {"from": source} | {file: known["sha256"] for file, known in locked(source).items()}
-    return verify(folder) or {f.relative_to(folder).as_posix(): sha256(f) for f in sorted(folder.rglob("*.safetensors"))}
+        read = {file: known["sha256"] for file, known in locked(source).items() if any(fnmatch(file, p) for p in (*patterns, "*.bin"))}
+        return {"from": source} | read
+    weights = sorted([*folder.rglob("*.safetensors"), *folder.rglob("*.bin")])
+    return verify(folder) or {file.relative_to(folder).as_posix(): sha256(file) for file in weights}
 
 
 def configuration(profile, defense):
     """What rows depend on: settings of captioner and purifier, seed, data set and checksums of all weights."""
-    weights = {name: digests(name, revision) for name, revision in (
-        (profile.captioner, profile.captioner_revision), (profile.diffusion, profile.diffusion_revision), (profile.classifier, None))}
+    weights = {name: digests(name, revision, patterns) for name, revision, patterns in (
+        (profile.captioner, profile.captioner_revision, CAPTIONER_FILES),
+        (profile.diffusion, profile.diffusion_revision, diffusion_files(profile.variant)), (profile.classifier, None, ("*",)))}
     # a user's own callable has no settings; its name has to stand for them
     named = lambda part: getattr(part, "__qualname__", type(part).__name__)
     settings = lambda part: part.settings() if hasattr(part, "settings") else named(part)

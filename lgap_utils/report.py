@@ -215,7 +215,9 @@ def audit(runs, *, defence="LGAP", stronger=(), eps_sweep=(), eps_zero=None, dou
         if attack.optimiser in ("autoattack", "square"):
             flags = own[name].groupby("index")["flags"].first()
             counts = flags[flags != ""].value_counts()
-            check(f"{name}: AutoAttack's own flags", counts.empty, "; ".join(f"{n} images: {f}" for f, n in counts.items()) or f"none on {len(flags)} images")
+            together = f", each flag that of a block of {attack.block}" * (attack.block > 1)
+            check(f"{name}: AutoAttack's own flags", counts.empty, "; ".join(f"{n} images: {f}" for f, n in counts.items()) + together
+                  if len(counts) else f"none on {len(flags)} images")
     if doubled is None or not set(doubled) <= set(own):
         check("doubling the steps changes little", None, "no run with twice the steps")
     else:

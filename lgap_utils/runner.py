@@ -51,6 +51,8 @@ def select(paths, prefixes):
 
 def literal(text):
     """A number, True, False or a string; a plain word or path needs no quotes."""
+    if not text:
+        return ""
     try:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError, TypeError):
@@ -195,10 +197,14 @@ def command_line():
     return parser
 
 
-def ready(profile, settings):
-    """Print what the profile still needs, and say whether it can run."""
+def ready(profile, notebooks, settings):
+    """Print what these notebooks still need at this profile, and say whether they can run."""
     from .doctor import can_run, examine
-    checks = examine(profile, **settings)
+    from .files import CheckpointError
+    try:
+        checks = examine(profile, notebooks=notebooks, **settings)
+    except CheckpointError as error:    # of the lock file itself
+        sys.exit(f"run_all.sh: {error}")
     for check in checks:
         if check.state in ("missing", "to fetch"):
             print(f"{check.what}, {check.state}: {check.detail}", flush=True)
@@ -241,7 +247,7 @@ def main(argv=None, folder=ROOT / "notebooks"):
 
     plan = {path: values_for(found, settings, args.profile) for path, found in defaults.items()}
     fields = {name.lower(): value for name, value in settings.items() if name.lower() in profile_fields(args.profile)}
-    if not ready(args.profile, fields):
+    if not ready(args.profile, [path.stem for path in plan], fields):
         sys.exit(f"run_all.sh: profile {args.profile} cannot run here; `python -m lgap_utils doctor {args.profile}` says more")
     outputs = output_root()
     os.environ["LGAP_OUTPUTS"] = str(outputs)  # absolute, because the kernels run in the notebooks' folder

@@ -1,7 +1,10 @@
 """One small defence with random weights, made, saved and loaded as the bundled ones are. No test needs a network or a GPU."""
+import atexit
 import copy
 import importlib.util
 import os
+import shutil
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +14,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"      # read once, when huggingface_hub is imp
 os.environ["TQDM_DISABLE"] = "1"
 
 ROOT = Path(__file__).resolve().parents[1]
+# Digests that a test's small files are recorded with must not get into the lock file of the real ones.
+LOCK = Path(tempfile.mkdtemp()) / "hub.lock.json"
+shutil.copyfile(ROOT / "checkpoints" / "hub.lock.json", LOCK)
+os.environ["LGAP_LOCK"] = str(LOCK)
+atexit.register(shutil.rmtree, LOCK.parent)
 SIZES = {
     "classifier": {"depth": 10, "widen_factor": 1, "batch_size": 8},
     "vae": {"channels": (8, 16, 16), "latent_channels": 4},

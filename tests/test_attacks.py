@@ -432,10 +432,11 @@ class Small:
         return self.function(x, captions, keys)
 
 
-ERRORS = [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate")]
+ERRORS = [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate"),
+          RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")]
 
 
-@pytest.mark.parametrize("error", ERRORS, ids=["GPU", "CPU"])
+@pytest.mark.parametrize("error", ERRORS, ids=["GPU", "CPU", "cuBLAS"])
 @pytest.mark.parametrize("settings", [{}, {"n_eot": 5}, {"n_eot": 2, "any_step": True}], ids=str)
 def test_running_out_of_memory_halves_the_batch_and_changes_nothing(settings, error, capsys):
     run = lambda purifier, room: pgd(bpda(LGAP(words, purifier, net)), X, Y, keys=KEYS, batch_size=room, **SMALL | settings)
@@ -458,14 +459,15 @@ def test_the_batch_grows_while_most_of_a_gpu_is_empty(monkeypatch):
     class Device:
         total_memory = 100
     used = [10]
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: used[0])
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: used[0] if str(device) == "cuda:1" else 0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: Device)
-    room = Room(2, most=16)
+    room = Room(2, "cuda:1", most=16)
     sizes = in_parts(lambda part: part.stop - part.start, 30, room)
     assert sizes == [2, 4, 8, 16] and room.size == 16
-    used[0], room = 50, Room(2)
+    used[0], room = 50, Room(2, "cuda:1")
     assert in_parts(lambda part: part.stop - part.start, 6, room) == [2, 2, 2]
+    for device in (None, "cpu"):                        # whatever a GPU beside it holds
+        assert in_parts(lambda part: part.stop - part.start, 6, Room(2, device)) == [2, 2, 2]
 
 
 def test_autoattack_in_blocks_depends_on_the_block_alone(quick):

@@ -349,6 +349,10 @@ def test_pixels_are_those_that_robustbench_evaluates_on(imagenet):
     images = load_images("imagenet", "test")
     for x, name in zip(images.x, imagenet[1]):
         assert torch.equal(x, PREPROCESSINGS["Res256Crop224"](Image.open(imagenet[0] / name)))
+    for x, name in zip(load_images("imagenet", "test", crop=288).x, imagenet[1]):           # what Wong et al.'s classifier is shown
+        assert x.shape == (3, 288, 288) and torch.equal(x, PREPROCESSINGS["Crop288"](Image.open(imagenet[0] / name).convert("RGB")))
+    with pytest.raises(ValueError, match="crop=288: only imagenet is cropped, not 'toy'"):
+        load_images("toy", "test", 1, crop=288)
 
 
 def test_grey_and_cmyk_photographs_become_colour(imagenet):

@@ -19,6 +19,7 @@ REPOSITORY, REVISION = "Salesforce/blip-image-captioning-base", REVISIONS["Sales
 @pytest.fixture(autouse=True)
 def apart(monkeypatch, tmp_path):
     """A lock file and a cache of the test's own, and no network."""
+    (tmp_path / "lock.json").write_text("{}")
     monkeypatch.setenv("LGAP_LOCK", str(tmp_path / "lock.json"))
     monkeypatch.setenv("LGAP_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("something tried to reach the network"))
@@ -44,6 +45,10 @@ def test_the_committed_lock_file_names_what_the_paper_profile_reads():
         assert big and all(len(entry["sha256"]) == 64 for entry in big.values())
     parts = {name.split("/")[0] for name in lock[f"stable-diffusion-v1-5/stable-diffusion-v1-5@{REVISIONS['stable-diffusion-v1-5/stable-diffusion-v1-5']}"]}
     assert parts == {"scheduler", "text_encoder", "tokenizer", "unet", "vae"}
+    from lgap_utils import data
+    for repository, names in [(data.IMAGENET, data.IMAGENET_SHARDS), *((c.repository, [c.file.format(s) for s in ("train", "test")])
+                                                                       for c in data.CIFARS.values())]:
+        assert {name for source, known in lock.items() if source.startswith(repository + "@") for name in known} <= set(names)
     # torchvision writes the first digits of the digest into the file's name
     assert lock["robustbench"]["imagenet/Linf/Standard_R50.pt"]["sha256"].startswith("0676ba61")
 
@@ -69,7 +74,7 @@ def test_what_is_no_file_is_refused_before_its_digest_is_recorded(tmp_path, cont
         file.write_bytes(content)
     with pytest.raises(CheckpointError, match=words):
         check(file, "here@1", "weights.bin", "fetch it again")
-    assert not (tmp_path / "lock.json").exists()
+    assert (tmp_path / "lock.json").read_text() == "{}"
 
 
 def test_a_file_that_the_hub_named_by_its_digest_must_have_it(tmp_path):
@@ -87,8 +92,13 @@ def test_a_lock_file_that_cannot_be_read_or_written_is_said(tmp_path, monkeypatc
     with pytest.raises(CheckpointError, match="lock.json is not JSON; restore it"):
         check(tmp_path / "weights.bin", "here@1", "weights.bin", "fetch it again")
     monkeypatch.setenv("LGAP_LOCK", str(tmp_path / "none" / "lock.json"))
+    with pytest.raises(CheckpointError, match="none/lock.json is not there; restore it .*, or copy it to where LGAP_LOCK says"):
+        check(tmp_path / "weights.bin", "here@1", "weights.bin", "fetch it again")
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none" / "lock.json").write_text("{}")
+    monkeypatch.setattr(files, "write_whole", lambda *_: (_ for _ in ()).throw(OSError("a full disk")))
     check(tmp_path / "weights.bin", "here@1", "weights.bin", "fetch it again")
-    assert "could not be recorded" in capsys.readouterr().out
+    assert "could not be recorded (a full disk)" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------- the hub's cache
@@ -187,6 +197,15 @@ def test_half_precision_weights_are_read_by_their_variant(profile, defense, imag
     assert all("AttnProcessor2_0" in type(p).__name__ for p in whole.unet.attn_processors.values())     # torch's fused attention
 
 
+def test_rows_know_the_digests_of_the_models_they_came_from(blip, tmp_path):
+    """A download that changed, or another commit, is another configuration, whose rows are not mixed in."""
+    in_cache(tmp_path / "cache", REPOSITORY, REVISION, blip)
+    models.load_captioner(REPOSITORY, device="cpu")
+    found = models.digests(REPOSITORY)
+    assert found["from"] == f"{REPOSITORY}@{REVISION}" and found["pytorch_model.bin"] == sha256(blip / "pytorch_model.bin")
+    assert models.digests(REPOSITORY, "1" * 40) == {"from": f"{REPOSITORY}@{'1' * 40}"}
+
+
 # ---------------------------------------------------------------- RobustBench
 
 @pytest.fixture
@@ -224,7 +243,7 @@ def test_a_spoilt_robustbench_file_is_refused_by_name(standard, tmp_path, fault)
     files._record("robustbench", "cifar10/Linf/Standard.pt", {"sha256": sha256(standard), "size": standard.stat().st_size})
     if fault == "another architecture":
         torch.save({"state_dict": models.new_wide_resnet(10, 1, 10).state_dict()}, standard)
-        (tmp_path / "lock.json").unlink()
+        (tmp_path / "lock.json").write_text("{}")
     else:
         FAULTS[fault](standard)
     with pytest.raises(CheckpointError) as refused:

@@ -124,6 +124,11 @@ def test_all_seven_notebooks_of_paper_run_from_a_hub_cache(cache, tmp_path):
     purifier = results["table 1"]["provenance"]["purifier"]
     assert (purifier["size"], purifier["num_inference_steps"], purifier["dtype"]) == (384, 50, "bfloat16")
     assert "inside" in (out / "tables" / "04_table1.md").read_text() or "outside" in (out / "tables" / "04_table1.md").read_text()
-    # each file that was read is now held in the lock file, and a changed one is refused
+    # the digest of each file that was read is known now, and one that changed is refused before anything starts to run
     lock = json.loads((tmp_path / "lock.json").read_text())
-    assert {f"{name}@{REVISIONS[name]}" for name in (PAPER.captioner, PAPER.diffusion)} < set(lock) and len(lock["robustbench"]) == 5
+    read = [lock[f"{name}@{REVISIONS[name]}"] for name in (PAPER.captioner, PAPER.diffusion)] + [lock["robustbench"]]
+    assert all(len(entry["sha256"]) == 64 for files in read for entry in files.values()) and len(lock["robustbench"]) == 5
+    weights = models.robustbench_file("cifar10", "Linf", "Standard")
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    ran = run_all(tmp_path, cache, "paper", "--only", "02")
+    assert ran.returncode == 1 and "Standard.pt is damaged: sha256" in ran.stderr

@@ -27,7 +27,7 @@ def get_profile(name, **overrides):
 def stub_profiles(monkeypatch, tmp_path):
     monkeypatch.setattr(runner, "PROFILES", {"toy": Profile()})
     monkeypatch.setattr(runner, "get_profile", get_profile)
-    monkeypatch.setattr(runner, "ready", lambda profile, settings: True)
+    monkeypatch.setattr(runner, "ready", lambda profile, notebooks, settings: True)
     monkeypatch.setenv("LGAP_OUTPUTS", str(tmp_path / "outputs"))
 
 
@@ -146,7 +146,7 @@ def test_a_wrong_request_is_refused_before_anything_starts(argv, words, write, c
 
 
 def test_a_profile_that_cannot_run_is_refused_before_anything_starts(write, tmp_path, monkeypatch):
-    monkeypatch.setattr(runner, "ready", lambda profile, settings: settings != {"n_images": 3})
+    monkeypatch.setattr(runner, "ready", lambda profile, notebooks, settings: (notebooks, settings) != (["01_first"], {"n_images": 3}))
     folder = write("01_first", "PROFILE = 'toy'\nN_IMAGES = None")
     with pytest.raises(SystemExit) as stopped:
         runner.main(["--set", "n_images=3"], folder)
@@ -166,8 +166,8 @@ def test_a_parameters_cell_that_papermill_would_misread_is_refused(cell, write, 
 
 
 def test_settings_are_typed_as_python_writes_them():
-    settings = runner.parse_settings(["a=1", "b=1e-3", "c=True", "d=checkpoints/toy", "e='8/255'", "f=-2"])
-    assert settings == {"A": 1, "B": 1e-3, "C": True, "D": "checkpoints/toy", "E": "8/255", "F": -2}
+    settings = runner.parse_settings(["a=1", "b=1e-3", "c=True", "d=checkpoints/toy", "e='8/255'", "f=-2", "g="])
+    assert settings == {"A": 1, "B": 1e-3, "C": True, "D": "checkpoints/toy", "E": "8/255", "F": -2, "G": ""}
 
 
 def test_a_second_run_into_the_same_folder_is_refused(write, tmp_path):

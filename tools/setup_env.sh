@@ -99,7 +99,7 @@ use_own() {
 set_up() {
     local name value active=${VIRTUAL_ENV:-${CONDA_PREFIX:-}}
     # The notebooks run in their own folder, where a path relative to the caller's would mean another place.
-    for name in LGAP_DATA LGAP_OUTPUTS; do
+    for name in LGAP_DATA LGAP_OUTPUTS LGAP_CACHE LGAP_LOCK; do
         value=${!name:-}
         case $value in
             "" | /* | "~"*) ;;
