@@ -43,7 +43,7 @@ class Rows:
                 there = json.loads(file.read_text())
             except ValueError:
                 raise ValueError(f"{file} is not JSON, so nobody knows whose rows lie beside it; move the folder away") from None
-            if changed := _difference(there, config):
+            if changed := difference(there, config):
                 raise ValueError(f"{self.folder} holds rows of another configuration ({'; '.join(changed)}); "
                                  "move or delete it, or set LGAP_OUTPUTS to another folder")
             config = there                          # equal, but 8 may be written 8.0
@@ -100,9 +100,9 @@ def _digest(frame):
     return hashlib.blake2b(str(list(frame)).encode() + values, digest_size=16).hexdigest()
 
 
-def _difference(there, here, at=""):
+def difference(there, here, at=""):
     if isinstance(there, dict) and isinstance(here, dict):
-        return [d for k in sorted(there.keys() | here.keys()) for d in _difference(there.get(k), here.get(k), f"{at}.{k}" if at else k)]
+        return [d for k in sorted(there.keys() | here.keys()) for d in difference(there.get(k), here.get(k), f"{at}.{k}" if at else k)]
     return [] if there == here else [f"{at}: there {there!r}, here {here!r}"]
 
 
@@ -258,7 +258,8 @@ class Evaluation:
         calls = purifications * getattr(self.target.purifier, "denoiser_calls", 0)
         text = f"{attack.name}: {n} images, {purifications:,} purifications, {calls:,} denoiser calls"
         left = n * cost * each + seconds
-        text += f"; {'at least' if attack.optimiser == 'autoattack' else 'about'} " + (f"{left:.0f} s" if left < 120 else f"{left / 60:.0f} min")
+        text += "; at least " if attack.optimiser == "autoattack" else "; about "
+        text += f"{left:.0f} s" if left < 120 else f"{left / 60:.0f} min"
         return {"text": text, "purifications": purifications, "seconds": left, "cost": cost}
 
     def _seconds_of_gradients(self, attack, few):

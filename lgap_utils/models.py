@@ -18,8 +18,8 @@ import torch
 from torch import nn
 
 from .defense import LGAP, LatentPurifier
-from .evaluate import Evaluation, purified_pixels, purify_rows, state_digest
-from .files import CheckpointError, check, downloads, locate, locked, offline, sha256, snapshot, verify, write_checksums
+from .evaluate import Evaluation, difference, identity, purified_pixels, purify_rows, state_digest
+from .files import CheckpointError, check, downloads, locate, locked, offline, sha256, snapshot, verify, write_checksums, write_whole
 from .profiles import REVISIONS, ROOT, Profile, get_profile
 
 
@@ -398,8 +398,33 @@ def finetune(profile, defense):
     curve = train.finetune(defense.classifier, pixels, tuning.labels, profile.outputs / "rows" / f"03_finetune_{profile.dataset}",
                            epochs=profile.finetune_epochs, lr=profile.finetune_lr, batch_size=profile.finetune_batch,
                            x_val=pixels_held_out, y_val=validation.labels, seed=profile.seed)
+    record = profile.finetuned / "finetuning.json"
+    record.unlink(missing_ok=True)
     save_classifier_like(defense.classifier, profile.classifier, profile.finetuned)
+    write_whole(record, json.dumps(_finetuning(profile, defense), indent=1, sort_keys=True).encode())      # last: all is there
     return curve, rows
+
+
+def _finetuning(profile, defense):
+    """What a fine-tuned classifier depends on, beside the weights it began from."""
+    numbers = ("n_finetune", "finetune_epochs", "finetune_lr", "finetune_batch")
+    parts = {part: identity(getattr(defense, part))["is"] for part in ("captioner", "purifier")}
+    return json.loads(json.dumps({name: getattr(profile, name) for name in numbers} | parts))
+
+
+def load_finetuned(profile):
+    """The defence of a profile with the classifier that `finetune` left; refused if that was done with other settings.
+
+    Raises CheckpointError where there is none, ValueError with the difference.
+    """
+    record = profile.finetuned / "finetuning.json"
+    if not record.is_file():
+        raise CheckpointError(f"{profile.finetuned}: no classifier was fine-tuned for this profile yet; run notebook 03 first")
+    defense = load_defense(profile, classifier=profile.finetuned)
+    if changed := difference(json.loads(record.read_text()), _finetuning(profile, defense)):
+        raise ValueError(f"{profile.finetuned} was fine-tuned with other settings ({'; '.join(changed)}); "
+                         "run notebook 03 with these into another LGAP_OUTPUTS, or set them back")
+    return defense
 
 
 def provenance(profile, defense):

@@ -1,7 +1,24 @@
-"""What a kernel is told before it runs a notebook of the profile `paper` in a test: see test_paper.py."""
+"""What stands in for the hub and for RobustBench's large networks where the profile `paper` is tested."""
+import shutil
 import socket
+from pathlib import Path
 
 from lgap_utils import models
+from lgap_utils.files import sha256
+
+
+def in_cache(cache, repository, revision, folder):
+    """`folder` as huggingface_hub keeps a snapshot: blobs named by their digests, links to them, and a reference."""
+    root = Path(cache) / f"models--{repository.replace('/', '--')}"
+    for file in (p for p in folder.rglob("*") if p.is_file()):
+        link, blob = root / "snapshots" / revision / file.relative_to(folder), root / "blobs" / sha256(file)
+        blob.parent.mkdir(parents=True, exist_ok=True)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, blob)
+        link.symlink_to(blob)
+    (root / "refs").mkdir(exist_ok=True)
+    (root / "refs" / "main").write_text(revision)
+    return root / "snapshots" / revision
 
 
 def small_network(dataset, threat, model):

@@ -1,4 +1,4 @@
-"""What a download must be before anything opens it, and the lock file that says so; RobustBench's and BLIP's files in their real layouts."""
+"""What a download must be before anything opens it, and the lock file that says so; BLIP's and RobustBench's files as published."""
 import json
 import pickle
 import shutil
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from stand_ins import in_cache
 
 from lgap_utils import files, models
 from lgap_utils.files import CheckpointError, check, locked, sha256, snapshot
@@ -43,8 +44,8 @@ def test_the_committed_lock_file_names_what_the_paper_profile_reads():
         known = lock[f"{repository}@{REVISIONS[repository]}"]
         big = {name: entry for name, entry in known.items() if (entry["size"] or 0) > 10 ** 7}
         assert big and all(len(entry["sha256"]) == 64 for entry in big.values())
-    parts = {name.split("/")[0] for name in lock[f"stable-diffusion-v1-5/stable-diffusion-v1-5@{REVISIONS['stable-diffusion-v1-5/stable-diffusion-v1-5']}"]}
-    assert parts == {"scheduler", "text_encoder", "tokenizer", "unet", "vae"}
+    (diffusion,) = [known for source, known in lock.items() if source.startswith("stable-diffusion")]
+    assert {name.split("/")[0] for name in diffusion} == {"scheduler", "text_encoder", "tokenizer", "unet", "vae"}
     from lgap_utils import data
     for repository, names in [(data.IMAGENET, data.IMAGENET_SHARDS), *((c.repository, [c.file.format(s) for s in ("train", "test")])
                                                                        for c in data.CIFARS.values())]:
@@ -103,20 +104,6 @@ def test_a_lock_file_that_cannot_be_read_or_written_is_said(tmp_path, monkeypatc
 
 # ---------------------------------------------------------------- the hub's cache
 
-def in_cache(cache, repository, revision, folder):
-    """`folder` as huggingface_hub keeps a snapshot: blobs named by their digests, links to them, and a reference."""
-    root = Path(cache) / f"models--{repository.replace('/', '--')}"
-    for file in (p for p in folder.rglob("*") if p.is_file()):
-        link, blob = root / "snapshots" / revision / file.relative_to(folder), root / "blobs" / sha256(file)
-        blob.parent.mkdir(parents=True, exist_ok=True)
-        link.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(file, blob)
-        link.symlink_to(blob)
-    (root / "refs").mkdir(exist_ok=True)
-    (root / "refs" / "main").write_text(revision)
-    return root / "snapshots" / revision
-
-
 @pytest.fixture
 def blip(defense, tmp_path):
     """The captioner as BLIP base is published: a pickle, and the processor's files of an older version."""
@@ -154,8 +141,9 @@ def test_a_folder_in_place_of_the_id_may_hold_the_pickle_too(blip, defense, imag
     assert models.load_captioner(str(blip), device="cpu")(images.x) == defense.captioner(images.x)
 
 
-FAULTS = {"missing": Path.unlink, "empty": lambda f: f.write_bytes(b""), "half": lambda f: f.write_bytes(f.read_bytes()[:f.stat().st_size // 2]),
-          "HTML": lambda f: f.write_text("<!doctype html>"), "a pickle": lambda f: f.write_bytes(pickle.dumps(Bomb(f.parents[1] / "exploded"))),
+FAULTS = {"missing": Path.unlink, "empty": lambda f: f.write_bytes(b""), "HTML": lambda f: f.write_text("<!doctype html>"),
+          "half": lambda f: f.write_bytes(f.read_bytes()[:f.stat().st_size // 2]),
+          "a pickle": lambda f: f.write_bytes(pickle.dumps(Bomb(f.parents[1] / "exploded"))),
           "one flipped bit": lambda f: f.write_bytes(f.read_bytes()[:-1] + bytes([f.read_bytes()[-1] ^ 1]))}
 
 
@@ -223,7 +211,8 @@ def standard(tmp_path):
 
 def test_robustbenchs_file_is_loaded_as_robustbench_loads_it(standard, images, tmp_path):
     ours = models.load_classifier(ENTRY, device="cpu")
-    theirs = models.import_robustbench()[0].utils.load_model("Standard", model_dir=str(standard.parents[2]), dataset="cifar10", threat_model="Linf")
+    load = models.import_robustbench()[0].utils.load_model
+    theirs = load("Standard", model_dir=str(standard.parents[2]), dataset="cifar10", threat_model="Linf")
     with torch.no_grad():
         assert torch.allclose(ours(images.x[:2]), theirs(images.x[:2]), atol=1e-4)
     assert type(ours) is type(theirs) and sum(p.numel() for p in ours.parameters()) == 36_479_194
@@ -280,7 +269,8 @@ def test_imagenets_classifiers_normalise_inside(tmp_path, monkeypatch, name):
     with torch.no_grad():
         assert torch.allclose(ours(x), net((x - mean) / std), atol=1e-4)
     if name == "Salman2020Do_R50":
-        theirs = models.import_robustbench()[0].utils.load_model(name, model_dir=str(file.parents[2]), dataset="imagenet", threat_model="Linf")
+        load = models.import_robustbench()[0].utils.load_model
+        theirs = load(name, model_dir=str(file.parents[2]), dataset="imagenet", threat_model="Linf")
         with torch.no_grad():
             assert torch.allclose(ours(x), theirs(x), atol=1e-4)
 

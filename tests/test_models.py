@@ -396,3 +396,20 @@ def test_without_a_gpu_a_profile_that_needs_one_says_so(profile, monkeypatch):
         monkeypatch.setenv("LGAP_DEVICE", name)
         with pytest.raises(ValueError, match=f"device '{name}': {words}"):
             models.device_of()
+
+
+def test_a_fine_tuned_classifier_is_refused_where_it_was_tuned_otherwise(profile, tmp_path, monkeypatch):
+    monkeypatch.setenv("LGAP_OUTPUTS", str(tmp_path))
+    own = dataclasses.replace(profile, n_finetune=4, n_validation=2, finetune_epochs=1, strength=0.1, num_inference_steps=10)
+    with pytest.raises(CheckpointError, match="no classifier was fine-tuned for this profile yet; run notebook 03 first"):
+        models.load_finetuned(own)
+    tuned = models.load_defense(own, device="cpu")
+    models.finetune(own, tuned)
+    again = models.load_defense(own, device="cpu")
+    models.finetune(own, again)                              # done already: the same weights, nothing is trained
+    loaded = models.load_finetuned(own)
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(
+        *(d.classifier.state_dict().values() for d in (tuned, again, loaded))))
+    for other in ({"finetune_epochs": 2}, {"strength": 0.2}, {"n_finetune": 5}):
+        with pytest.raises(ValueError, match=f"was fine-tuned with other settings .*{next(iter(other))}: there .*, here"):
+            models.load_finetuned(dataclasses.replace(own, **other))
