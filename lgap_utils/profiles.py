@@ -166,7 +166,7 @@ SMALL = Profile(
     classifier="checkpoints/small/classifier",
     vae_sample=False,                   # most channels of its latent hold nothing, and their posterior is the prior
     size=32, num_inference_steps=10, n_images=512, n_finetune=3072, n_validation=256,
-    n_adaptive=64, n_eot_images=64, n_full=16, n_draws=3,
+    n_adaptive=64, n_eot_images=64, n_full=16, n_draws=3, autoattack_block=64,
     tables={2: {"n_images": 128}, 4: {"eps_255": 4, "strength": 0.1}},
 )
 PAPER = Profile(

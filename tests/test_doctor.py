@@ -1,7 +1,6 @@
 """What `python -m lgap_utils doctor` finds missing, in words that help, and the cost it counts: the notebooks' own, by running them."""
 import contextlib
 import csv
-import importlib.util
 import io
 import json
 import shutil
@@ -111,13 +110,6 @@ def test_a_profile_that_needs_a_gpu_says_so(device, state, words, monkeypatch):
         monkeypatch.setenv("LGAP_DEVICE", device)
     ((seen, detail),) = found(doctor.examine("paper", dataset="toy"), "device")
     assert seen == state and words in detail
-
-
-def test_the_device_has_the_name_that_the_benchmark_gives_it():
-    spec = importlib.util.spec_from_file_location("bench", ROOT / "tools" / "bench.py")
-    bench = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(bench)
-    assert doctor.device_name("cpu") == bench.device_name("cpu")
 
 
 # ---------------------------------------------------------------- caches and folders
