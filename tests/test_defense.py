@@ -230,7 +230,8 @@ def test_the_gradient_is_that_of_finite_differences(exact, wide):
         step = torch.randn(x.shape, dtype=x.dtype, generator=generator("direction", seed))
         with torch.no_grad():
             measured = (value(x + h * step) - value(x - h * step)) / (2 * h)
-        assert torch.isclose((slope * step).sum(), measured, rtol=1e-5)
+        # beside the size of both factors: of a sum that nearly cancels, rounding leaves few digits
+        assert torch.isclose((slope * step).sum(), measured, rtol=1e-5, atol=1e-6 * (slope.norm() * step.norm()).item())
 
 
 def test_checkpointing_leaves_the_gradient_as_it_is(exact, wide):
