@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 from .defense import check_images
 from .keyed import seed_of
-from .memory import Room, in_parts
+from .memory import Room, in_parts, ran_out
 
 # ---------------------------------------------------------------- views: what the attacker sees
 
@@ -187,6 +187,8 @@ def pgd(model, x, y, *, eps, step_size, n_steps, keys=None, random_start=True, n
 
 
 AVERAGES = ("gradient", "logits", "vote")
+SCALE = 2.0 ** 10   # of the loss, while it is differentiated: float16 networks round less of it to zero, and single precision's
+                    # result is the same to the bit, a power of two being exact
 
 
 def gradient(model, x, y, keys=None, n_eot=1, average="gradient", batch_size=64):
@@ -213,7 +215,9 @@ def gradient(model, x, y, keys=None, n_eot=1, average="gradient", batch_size=64)
             loss = F.cross_entropy(draws.mean(1), y, reduction="sum")
         else:
             loss = F.cross_entropy(out, y.repeat_interleave(n), reduction="sum") / (1 if apart else n_eot)
-        (g,) = torch.autograd.grad(loss + 0 * leaf.sum(), leaf)     # zero, and no error, where a purifier passes no gradient
+        # the second term: zero, and no error, where a purifier passes no gradient
+        (g,) = torch.autograd.grad(SCALE * loss + 0 * leaf.sum(), leaf)
+        g = g / SCALE
         grad += g.view(len(x), n, *x.shape[1:]).sign().sum(1) if apart else g
         logits = logits + draws.detach().sum(1)
     return grad, (logits.argmax(1) == y).tolist()
@@ -316,7 +320,13 @@ def autoattack(model, x, y, *, eps, keys, version="standard", attacks=None, n_qu
                 checks.check_dynamic(plain, some, logger=library.logger)
                 out[rows] = _strongest(library, model, some, labels, key, n_eot)
             else:
-                out[rows] = library.run_standard_evaluation(some, labels, batch_size=len(some))[0]
+                try:
+                    out[rows] = library.run_standard_evaluation(some, labels, batch_size=len(some))[0]
+                except RuntimeError as error:
+                    if not ran_out(error):
+                        raise
+                    raise MemoryError(f"AutoAttack's {len(some)} images of a block do not fit into memory; lower `autoattack_block`. "
+                                      "A block is not halved by itself, as its images share their draws") from error
         flags += ["; ".join(dict.fromkeys(seen))] * len(some)
         if progress:
             progress(len(some))
@@ -427,7 +437,7 @@ class Attack:
         return math.ceil(n / self.block) * self.block
 
     def gradients(self):
-        """Gradients of the bare classifier for one image of a blind attack. AutoAttack's are those of its first part, the least it takes."""
+        """Gradients of the bare classifier for one image of a blind attack; of AutoAttack's, those of its first part, the least."""
         return self.n_steps * self.n_restarts if self.view == "blind" and self.optimiser in ("pgd", "autoattack") else 0
 
     def __call__(self, defense, x, y, keys, batch_size=64, record=None, progress=None):

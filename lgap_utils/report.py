@@ -32,8 +32,8 @@ def accuracy(rows, column="adversarial", how="mean"):
     """`share` of the images whose label the defence finds, from the matrix of images x noise draws.
 
     rows: one defence's rows of `evaluate.Evaluation`; column: "clean" or "adversarial". how: "mean" over the draws (the interval
-    is that of the images, whose number and not that of the draws counts), "majority" (the label predicted most often; the lower one if tied), or
-    "worst" (right in every draw). Raises ValueError where an image lacks a draw.
+    is that of the images, whose number and not that of the draws counts), "majority" (the label predicted most often; the lower
+    one if tied), or "worst" (right in every draw). Raises ValueError where an image lacks a draw.
     """
     matrix = rows.pivot(index="index", columns="draw", values=column)
     if matrix.isna().any(axis=None):
@@ -133,7 +133,7 @@ def beside_paper(table, ours, same_models):
                     "paper natural": printed["natural"] or "not given", "paper robust": printed["robust"] or "not given",
                     "natural here, %": in_words(measured["natural"]), "robust here, %": in_words(measured["robust"]),
                     "n": found["n"] if found else "not run",
-                    "paper's number": against(verdict(printed["natural"], measured["natural"]), verdict(printed["robust"], measured["robust"])),
+                    "paper's number": against(*(verdict(printed[name], measured[name]) for name in ("natural", "robust"))),
                     "protocol": measured["protocol"]})
     return pd.DataFrame(out).set_index(["method", "attack"])
 
@@ -156,7 +156,8 @@ def write_results(folder, table, rows, provenance):
                  "robust_acc": value(row["robust"], "%"), "reported": printed.get("robust") or None,
                  "reported_clean_acc": printed.get("natural") or None}
         for name in ("natural", "robust"):
-            entry |= {f"{name}_interval": value(row[name], "95 % interval"), f"{name}_k": value(row[name], "k"), f"{name}_n": value(row[name], "n")}
+            entry |= {f"{name}_{short}": value(row[name], column) for short, column in
+                      {"interval": "95 % interval", "k": "k", "n": "n"}.items()}
         entry |= {"unreliable": row.get("unreliable", False), "eps": row.get("eps"), "seconds": row.get("seconds")}
         if row.get("whole") and "AutoAttack" in row["protocol"]:        # RobustBench means the model as it is deployed, not a transfer
             entry["autoattack_acc"] = entry["robust_acc"]
@@ -207,11 +208,13 @@ def audit(runs, *, defence="LGAP", stronger=(), eps_sweep=(), eps_zero=None, dou
         pair = pd.concat([right[weaker].all(), right[strong].all()], axis=1, keys=["weak", "strong"]).dropna().astype(bool)
         wrong = pair[~pair["weak"] & pair["strong"]]
         kept = f"of {len(pair)} images {int(pair['weak'].sum())} stand under the weaker, {int(pair['strong'].sum())} under the stronger"
-        check(what, None if pair.empty else wrong.empty, kept + ("" if wrong.empty else f"; {len(wrong)} fall to the weaker alone, e.g. image {wrong.index[0]}"))
+        alone = "" if wrong.empty else f"; {len(wrong)} fall to the weaker alone, e.g. image {wrong.index[0]}"
+        check(what, None if pair.empty else wrong.empty, kept + alone)
     for name, (attack, _) in runs.items():
         if attack.optimiser == "pgd" and attack.eps_255 > 0:
             bad, steps = own[name].groupby("index")["bad_gradients"].first(), attack.n_steps * attack.n_restarts
-            check(f"{name}: gradient neither zero nor NaN", bool((bad == 0).all()), f"{int((bad > 0).sum())} of {len(bad)} images had one in {steps} steps")
+            check(f"{name}: gradient neither zero nor NaN", bool((bad == 0).all()),
+                  f"{int((bad > 0).sum())} of {len(bad)} images had one in {steps} steps")
         if attack.optimiser in ("autoattack", "square"):
             flags = own[name].groupby("index")["flags"].first()
             counts = flags[flags != ""].value_counts()
@@ -222,10 +225,11 @@ def audit(runs, *, defence="LGAP", stronger=(), eps_sweep=(), eps_zero=None, dou
         check("doubling the steps changes little", None, "no run with twice the steps")
     else:
         a, b = (right[name].mean() for name in doubled)
+        steps = [runs[name][0].n_steps for name in doubled]
         both = a.index.intersection(b.index)
         gap = 100 * (a[both].mean() - b[both].mean())
-        check("doubling the steps changes little", abs(gap) <= 5 if len(both) else None, f"{gap:+.1f} points lower with {runs[doubled[1]][0].n_steps} steps than with "
-              f"{runs[doubled[0]][0].n_steps}, {len(both)} images")
+        check("doubling the steps changes little", abs(gap) <= 5 if len(both) else None,
+              f"{gap:+.1f} points lower with {steps[1]} steps than with {steps[0]}, {len(both)} images")
     return pd.DataFrame(checks).set_index("check")
 
 
@@ -322,7 +326,8 @@ def accuracy_figure(entries, title):
                       xerr=[(values - low).clip(lower=0), (high - values).clip(lower=0)])
         printed = [(float(row[f"paper {name}"]), i + 0.2 * (2 * k - 1)) for i, row in enumerate(entries) if row.get(f"paper {name}")]
         if printed:
-            axis.scatter(*zip(*printed), marker="D", s=26, facecolor="white", edgecolor=colour, linewidth=1.5, zorder=3, label=f"{name}, the paper's")
+            axis.scatter(*zip(*printed), marker="D", s=26, facecolor="white", edgecolor=colour, linewidth=1.5, zorder=3,
+                         label=f"{name}, the paper's")
     axis.set(yticks=range(len(entries)), xlim=(0, 100), xlabel="% of images, with the 95 % interval",
              yticklabels=[row["method"] + (f" | {row['attack']}" if row["attack"] else "") for row in entries])
     axis.invert_yaxis()
@@ -337,5 +342,6 @@ def with_paper(table, rows):
     out = []
     for _, paper in paper_numbers(table).iterrows():
         row = ours.pop((paper["method"], paper["attack"]), None) or {"natural": None, "robust": None}
-        out.append({"method": paper["method"], "attack": paper["attack"], **row, "paper natural": paper["natural"], "paper robust": paper["robust"]})
+        out.append({"method": paper["method"], "attack": paper["attack"], **row,
+                    "paper natural": paper["natural"], "paper robust": paper["robust"]})
     return out + list(ours.values())

@@ -422,7 +422,8 @@ def test_a_masked_image_stops_where_the_bare_classifier_is_fooled():
 class Small:
     """A device that holds so many draws in a call, and fails as torch does."""
 
-    def __init__(self, most, function=noisy, error=torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")):
+    def __init__(self, most, function=noisy, error=None):
+        error = error or torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
         self.most, self.function, self.error, self.failures = most, function, error, 0
 
     def __call__(self, x, captions, keys):
@@ -453,6 +454,28 @@ def test_one_image_that_does_not_fit_is_said_in_a_sentence():
         pgd(bpda(LGAP(words, Small(0), net)), X, Y, keys=KEYS, **SMALL)
     with pytest.raises(RuntimeError, match="^another fault$"):
         pgd(bpda(LGAP(words, Small(0, error=RuntimeError("another fault")), net)), X, Y, keys=KEYS, **SMALL)
+
+
+def test_a_block_of_autoattack_that_does_not_fit_is_said_in_a_sentence():
+    def big(x):
+        if len(x) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+        return net(x)
+    with pytest.raises(MemoryError, match="^AutoAttack's 4 images of a block do not fit .*lower `autoattack_block`"):
+        autoattack(big, X, Y, eps=0.05, keys=Keys(range(N)), n_steps=2, block=4)
+
+
+def test_a_faint_gradient_survives_half_precision_and_scaling_changes_no_bit():
+    def sure(x, dtype):                                 # the other classes have about 2e-9 of the probability; float16's least is 6e-8
+        return (net(x) - net(X).detach()).to(dtype).to(torch.float32) + 20 * F.one_hot(Y, 10)
+
+    def plain(dtype):
+        x = X.clone().requires_grad_(True)
+        return torch.autograd.grad(F.cross_entropy(sure(x, dtype), Y, reduction="sum"), x)[0]
+
+    single, half = (gradient(lambda x, dtype=dtype: sure(x, dtype), X, Y)[0] for dtype in (torch.float32, torch.float16))
+    assert torch.equal(single, plain(torch.float32)) and not plain(torch.float16).any()
+    torch.testing.assert_close(half, single, rtol=0.05, atol=0.05 * single.abs().max().item())
 
 
 def test_the_batch_grows_while_most_of_a_gpu_is_empty(monkeypatch):

@@ -134,7 +134,7 @@ def test_the_vae_can_be_shown_what_blip_is_shown(defense, images):
 
 
 def test_the_authors_slip_runs_over_the_batch_and_not_the_channels(purifier):
-    """Images 0 to 36 in batches of 32, each batch zipped with the three means and deviations; here an image's index stands for its place."""
+    """Images 0 to 36 in batches of 32, each batch zipped with the three means and deviations; here an image's index is its place."""
     x = torch.rand(37, 3, 4, 4, generator=generator("slip"))
     mean, std = torch.tensor([0.48145466, 0.4578275, 0.40821073]), torch.tensor([0.26862954, 0.26130258, 0.27577711])
     expected = (x - mean.view(3, 1, 1)) / std.view(3, 1, 1)

@@ -342,7 +342,8 @@ def test_the_captioners_tokenizer_knows_every_word_and_survives_saving(defense, 
     ("n_steps", 0), ("n_steps", 2.0), ("n_steps", "40"), ("n_images", 0), ("n_images", True), ("batch_size", 0), ("seed", -1),
     ("num_inference_steps", 0), ("size", 7), ("max_length", 1), ("num_beams", 0),
     ("time_grid", "ddpm"), ("dtype", "half"), ("variant", "fp32"), ("vae_input", "raw"), ("eot_average", "mean"), ("antialias", 1),
-    ("captioner_revision", "main"), ("n_eot", 0), ("autoattack_block", 0), ("needs_gpu", "no"), ("dataset", "mnist"), ("vae_sample", "no"), ("prompt", 7),
+    ("captioner_revision", "main"), ("n_eot", 0), ("autoattack_block", 0), ("needs_gpu", "no"), ("dataset", "mnist"),
+    ("vae_sample", "no"), ("prompt", 7),
 ])
 def test_a_profile_refuses_a_bad_value_by_name(field, value):
     with pytest.raises(ValueError, match=field):
