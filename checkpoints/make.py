@@ -37,10 +37,14 @@ RECIPES = {
         "n": None, "flip": True,
         "classifier": {"depth": 16, "widen_factor": 2, "optimizer": "sgd", "weight_decay": 5e-4, "batch_size": 128,
                        "cycles": ({"lr": 0.2, "epochs": 10, "small_epochs": 8},
-                                  {"lr": 0.1, "epochs": 8, "small_epochs": 4, "bf16": True})},
-        "captioner": {"width": 128, "layers": 4, "text_layers": 2, "cycles": ({"epochs": 1.5}, {"epochs": 2.25, "bf16": True})},
-        "vae": {"channels": (16, 32, 64), "latent_channels": 144, "epochs": 1.5, "kl": 1e-6},
-        "diffusion": {"channels": (64, 128), "text_width": 64, "epochs": (2, 1)},
+                                  {"lr": 0.1, "epochs": 8, "small_epochs": 4, "bf16": True},
+                                  {"lr": 0.15, "epochs": 15, "small_epochs": 9, "bf16": True})},
+        "captioner": {"width": 128, "layers": 4, "text_layers": 2,
+                      "cycles": ({"epochs": 1.5}, {"epochs": 2.25, "bf16": True}, {"epochs": 8, "bf16": True})},
+        # 1.62 is the noise of time 501, sqrt(1 / alpha_bar - 1): what strength 0.5 of 1000 times adds
+        "vae": {"channels": (16, 32, 64), "latent_channels": 144, "epochs": 2.8, "batch_size": 32, "kl": 1e-8,
+                "noise": 1.62, "features": 0.02, "bf16": True},
+        "diffusion": {"channels": (64, 128), "text_width": 64, "epochs": (4,)},
     },
     # Yoon et al.'s (meliketoy/wide-resnet.pytorch): the crop is padded with zeros, the momentum is not Nesterov's
     "paper": {
@@ -157,9 +161,10 @@ def make_captioner(profile, images, captions, work, out, device, width, layers, 
     captioner.processor.save_pretrained(out / "captioner")
 
 
-def make_vae(profile, images, captions, work, out, device, flip=False, epochs=1, kl=1e-8, **sizes):
-    vae = new_vae(profile, **sizes).to(device, memory_format=torch.channels_last)
-    train.train_vae(vae, images, work, epochs=epochs, kl=kl, flip=flip)
+def make_vae(profile, images, captions, work, out, device, channels, latent_channels, features=0.0, **how):
+    vae = new_vae(profile, channels=channels, latent_channels=latent_channels).to(device, memory_format=torch.channels_last)
+    teacher = models.load_classifier(str(out / "classifier"), device=device) if features else None
+    train.train_vae(vae, images, work, features=features, teacher=teacher, **how)
     vae.half().save_pretrained(out / "diffusion" / "vae")
 
 

@@ -152,22 +152,26 @@ class Profile:
                 raise ValueError(f"{name}={getattr(self, name)!r}: expected a commit, 40 hexadecimal digits")
 
 
+# Ten steps lie 100 times apart, and CompVis's grid would add the noise of time 501 where the first step is told 401: five times the gap
+# of the paper's 50 steps. At strength 0.1 fifty steps cost no more than these do at 0.5, and one step of ten would be none.
+FEW_STEPS = {"num_inference_steps": 10, "time_grid": "diffusers"}
+MANY_STEPS = {"num_inference_steps": 50, "time_grid": "compvis"}
 TOY = Profile(
     name="toy", about="drawn scenes and bundled small models: no network, no GPU, minutes on two cores",
     dataset="toy", captioner="checkpoints/toy/captioner", diffusion="checkpoints/toy/diffusion",
     classifier="checkpoints/toy/classifier",
-    size=32, num_inference_steps=10, n_images=128, n_finetune=1024, n_validation=128,
+    size=32, **FEW_STEPS, n_images=128, n_finetune=1024, n_validation=128,
     n_adaptive=16, n_eot_images=2, n_full=2, n_draws=3,
-    tables={4: {"eps_255": 4, "strength": 0.1}},
+    tables={4: {"eps_255": 4, "strength": 0.1, **MANY_STEPS}},
 )
 SMALL = Profile(
     name="small", about="real CIFAR-10 images and small models trained on its train split: CPU or GPU",
     dataset="cifar10", captioner="checkpoints/small/captioner", diffusion="checkpoints/small/diffusion",
     classifier="checkpoints/small/classifier",
-    vae_sample=False,                   # most channels of its latent hold nothing, and their posterior is the prior
-    size=32, num_inference_steps=10, n_images=512, n_finetune=3072, n_validation=256,
+    vae_sample=False,                   # its autoencoder was trained on the mode
+    size=32, **FEW_STEPS, n_images=512, n_finetune=3072, n_validation=256,
     n_adaptive=64, n_eot_images=64, n_full=16, n_draws=3, autoattack_block=64,
-    tables={2: {"n_images": 128}, 4: {"eps_255": 4, "strength": 0.1}},
+    tables={2: {"n_images": 128}, 4: {"eps_255": 4, "strength": 0.1, **MANY_STEPS}},
 )
 PAPER = Profile(
     name="paper", about="BLIP, Stable Diffusion v1.5, RobustBench's classifiers; CIFAR-10, CIFAR-100, ImageNet: a GPU and the model hub",

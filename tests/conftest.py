@@ -50,7 +50,7 @@ def profile(make, captions, tmp_path_factory):
     from lgap_utils.data import load_images
     from lgap_utils.profiles import TOY
     out = tmp_path_factory.mktemp("tiny")
-    profile = replace(TOY, name="tiny", num_inference_steps=50,
+    profile = replace(TOY, name="tiny", num_inference_steps=50, time_grid="compvis",
                       **{part: str(out / part) for part in ("captioner", "diffusion", "classifier")})
     images = load_images("toy", "train", 8)
     for part, sizes in SIZES.items():

@@ -354,6 +354,19 @@ def test_the_vae_scales_its_latents_to_unit_variance(make, profile, tmp_path):
     assert math.isclose(z.std(), 1, rel_tol=1e-3) and vae.config.scaling_factor != 0.18215
 
 
+def test_the_vae_learns_to_survive_noise_and_to_keep_what_the_classifier_sees(make, profile, defense, tmp_path):
+    images, teacher, training = make.load_images("toy", "train", 8), defense.classifier, {"epochs": 40, "batch_size": 8, "lr": 0.01}
+    vae, before = make.new_vae(profile, channels=(8, 16), latent_channels=4), models.state_digest(teacher)
+    names = set(vae.state_dict())
+    rows = train.train_vae(vae, images, tmp_path, noise=1.62, teacher=teacher, features=0.1, **training)
+    assert all(rows[-1][name] > rows[0][name] + 3 for name in ("psnr", "psnr_noisy"))
+    assert rows[-1]["features"] < 0.9 * rows[0]["features"]
+    assert set(vae.state_dict()) == names and models.state_digest(teacher) == before
+    with torch.no_grad():
+        z = vae.encode(2 * images.x - 1).latent_dist.mean * vae.config.scaling_factor
+    assert math.isclose(z.std(), 1, rel_tol=1e-3)
+
+
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample"])
 def test_the_diffusion_model_learns_to_see_noise(purifier, images, tmp_path, prediction_type):
     """Its error falls, and below 1, which is what predicting nothing costs; only the UNet and the text encoder move."""
