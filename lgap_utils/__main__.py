@@ -48,7 +48,7 @@ def show_costs(name, settings):
     """What each notebook asks for, and how long that takes here."""
     rows, prices = [], {}
     for notebook, (p, asked) in doctor.costs(name, **settings).items():
-        key = p.captioner, p.diffusion, p.size, p.strength      # what else there is, no table changes
+        key = p.captioner, p.diffusion, p.size, p.strength, p.num_inference_steps       # what else there is, no table changes
         if key not in prices:
             prices[key] = doctor.price(p)
         rows.append((notebook, asked, doctor.seconds(asked, prices[key])))

@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from .keyed import Keys
+from .profiles import denoising_steps
 
 
 def check_images(x):
@@ -42,10 +43,7 @@ def noise_schedule(scheduler, strength, num_inference_steps, time_grid="compvis"
     "compvis": the noise is that of grid point int(strength * steps), the first step runs one grid point below it
     (501 and 481 at strength 0.5 of 50); "diffusers": both are 481. Raises ValueError if no step would be left.
     """
-    n = int(strength * num_inference_steps)  # truncates as both code bases do: int(100 * 0.29) is 28
-    if not 1 <= n <= num_inference_steps - (time_grid == "compvis"):
-        raise ValueError(f"strength={strength} of num_inference_steps={num_inference_steps} gives {n} denoising steps; "
-                         f"expected 1 to {num_inference_steps - (time_grid == 'compvis')}")
+    n = denoising_steps(strength, num_inference_steps, time_grid)
     scheduler.set_timesteps(num_inference_steps)
     times = [int(t) for t in scheduler.timesteps][::-1]
     if time_grid == "compvis":
@@ -58,7 +56,7 @@ def noise_schedule(scheduler, strength, num_inference_steps, time_grid="compvis"
 @dataclass
 class Trace:
     """What a purification went through: pass one in to have it filled; its images are [n, 3, h, w] in [0, 1], detached."""
-    times: list = field(default_factory=list)       # diffusion time of each state, highest first
+    times: list = field(default_factory=list)       # of the noise, then the one that each step is told
     latents: list = field(default_factory=list)     # z_t after the noise, then after each step
     denoised: list = field(default_factory=list)    # the image each step expects at the end
 

@@ -333,7 +333,7 @@ NOTEBOOKS = {
     "01_captioning": (None, lambda p, t: [t.captions(2 * p.n_images)]),
     "02_purification": (None, lambda p, t: [
         t.both(p.n_images), t.both(1), t.purifications(7),
-        *(t.purifications(1, strength=s) for s in (0.1, 0.3, 0.5, 0.7)),
+        *(t.purifications(1, strength=s, num_inference_steps=max(50, p.num_inference_steps)) for s in (0.1, 0.3, 0.5, 0.7)),
         *(t.purifications(1, guidance_scale=g) for g in (1.0, 2.5, 5.0, 10.0))]),
     "03_finetuning": (None, lambda p, t: [t.both(4 * p.n_images), t.finetune()]),
     "04_table1_cifar10_blind": (1, lambda p, t: [
@@ -352,7 +352,8 @@ NOTEBOOKS = {
         t.run("table1_and_3", "PGD-20+EOT, full gradient, clean caption", p.n_full),
         t.run("table1_and_3", "PGD-20, full gradient, known noise", p.n_full, n_eot=p.n_draws),
         t.run("table1_and_3", "Square", max(1, p.n_full // 4)),
-        *(t.run("table1_and_3", "BPDA-40", p.n_full, name=f"BPDA-40, eps {eps}", n_steps=40 if eps else 1) for eps in (0, 4, 16)),
+        *(t.run("table1_and_3", "BPDA-40", p.n_full, name=f"BPDA-40, eps {eps:g}", n_steps=40 if eps else 1)
+          for eps in (0, p.eps_255 / 2, 2 * p.eps_255)),
         t.run("table1_and_3", "BPDA-40", p.n_full, name="BPDA-80", n_steps=80)]),
     "07_table4_imagenet": (4, lambda p, t: [
         *(t.run("table4", attack, p.n_adaptive) for attack in ("PGD-10", "AutoAttack", "BPDA-40")),

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from .defense import LGAP, LatentPurifier
-from .evaluate import Evaluation, difference, identity, purified_pixels, purify_rows, state_digest
+from .evaluate import Evaluation, difference, identity, method_version, purified_pixels, purify_rows, state_digest
 from .files import CheckpointError, check, downloads, locate, locked, offline, sha256, snapshot, verify, write_checksums, write_whole
 from .profiles import REVISIONS, ROOT, Profile, get_profile
 
@@ -341,16 +341,20 @@ def digests(name, revision=None, patterns=("*",)):
     return verify(folder) or {file.relative_to(folder).as_posix(): sha256(file) for file in weights}
 
 
-def configuration(profile, defense):
-    """What rows depend on: settings of captioner and purifier, seed, data set and checksums of all weights."""
-    weights = {name: digests(name, revision, patterns) for name, revision, patterns in (
+def weights(profile):
+    """{model: `digests` of its files} of the profile's captioner, diffusion model and classifier."""
+    return {name: digests(name, revision, patterns) for name, revision, patterns in (
         (profile.captioner, profile.captioner_revision, CAPTIONER_FILES),
         (profile.diffusion, profile.diffusion_revision, diffusion_files(profile.variant)), (profile.classifier, None, ("*",)))}
+
+
+def configuration(profile, defense):
+    """What rows depend on: settings of captioner and purifier, seed, data set and checksums of all weights."""
     # a user's own callable has no settings; its name has to stand for them
     named = lambda part: getattr(part, "__qualname__", type(part).__name__)
     settings = lambda part: part.settings() if hasattr(part, "settings") else named(part)
     classifier = state_digest(defense.classifier) if isinstance(defense.classifier, nn.Module) else named(defense.classifier)
-    return {"dataset": profile.dataset, "seed": profile.seed, "weights": weights, "classifier": classifier,
+    return {"dataset": profile.dataset, "seed": profile.seed, "weights": weights(profile), "classifier": classifier,
             "captioner": settings(defense.captioner), "purifier": settings(defense.purifier)}
 
 
@@ -380,7 +384,7 @@ def rivals(profile, defense, images, attack, folder):
 def purified(profile, defense, images, name, x=None, **extra):
     """Rows of purified images (see evaluate.purify_rows), computed once and kept in outputs/PROFILE/rows/`name`."""
     return purify_rows(defense, images, profile.outputs / "rows" / name, x=x, seed=profile.seed, batch_size=profile.batch_size,
-                       config=configuration(profile, defense) | {"images": name, **extra}, title=name)
+                       config=configuration(profile, defense) | {"images": name, "method": method_version(), **extra}, title=name)
 
 
 def finetune(profile, defense):
@@ -406,10 +410,10 @@ def finetune(profile, defense):
 
 
 def _finetuning(profile, defense):
-    """What a fine-tuned classifier depends on, beside the weights it began from."""
+    """What a fine-tuned classifier depends on."""
     numbers = ("n_finetune", "finetune_epochs", "finetune_lr", "finetune_batch")
     parts = {part: identity(getattr(defense, part))["is"] for part in ("captioner", "purifier")}
-    return json.loads(json.dumps({name: getattr(profile, name) for name in numbers} | parts))
+    return json.loads(json.dumps({name: getattr(profile, name) for name in numbers} | parts | {"weights": weights(profile)}))
 
 
 def load_finetuned(profile):
@@ -427,8 +431,8 @@ def load_finetuned(profile):
     return defense
 
 
-def provenance(profile, defense):
-    """Where numbers come from: configuration, versions, device and commit, as plain data for results.json."""
+def provenance(profile, defense, images):
+    """Where numbers come from: configuration, images, versions, device and commit, as plain data for results.json."""
     import importlib.metadata
     import platform
     import subprocess
@@ -441,6 +445,7 @@ def provenance(profile, defense):
     git = subprocess.run(ask, capture_output=True, text=True, check=False) if shutil.which("git") else None
     device = next((p.device for p in defense.parameters()), torch.device("cpu"))
     return {"profile": profile.name, "settings": dataclasses.asdict(profile), **configuration(profile, defense),
+            "images": images.source,
             "versions": {name: version(name) for name in ("torch", "diffusers", "transformers", "robustbench", "pyautoattack", "scipy")},
             "python": platform.python_version(), "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
             "tf32": torch.backends.cudnn.allow_tf32 and device.type == "cuda",

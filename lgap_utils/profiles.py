@@ -35,6 +35,19 @@ REVISIONS = {
 }
 
 
+def denoising_steps(strength, num_inference_steps, time_grid):
+    """How many denoising steps an image-to-image run has; CompVis's grid needs a point above the first.
+
+    Raises ValueError where there is none.
+    """
+    n = int(strength * num_inference_steps)     # truncates as both code bases do: int(100 * 0.29) is 28
+    most = num_inference_steps - (time_grid == "compvis")
+    if not 1 <= n <= most:
+        raise ValueError(f"strength={strength} of num_inference_steps={num_inference_steps} gives {n} denoising steps; "
+                         f"expected 1 to {most}")
+    return n
+
+
 @dataclass(frozen=True)
 class Profile:
     name: str
@@ -144,6 +157,7 @@ class Profile:
         for name, choices in choices_of.items():
             if getattr(self, name) not in choices or type(getattr(self, name)) is not type(choices[0]):
                 raise ValueError(f"{name}={getattr(self, name)!r}: choose from {list(choices)}")
+        denoising_steps(self.strength, self.num_inference_steps, self.time_grid)
         for name in ("captioner", "diffusion", "classifier", "prompt", "negative_prompt"):
             if not isinstance(getattr(self, name), str):
                 raise ValueError(f"{name}={getattr(self, name)!r}: expected text")
@@ -152,8 +166,9 @@ class Profile:
                 raise ValueError(f"{name}={getattr(self, name)!r}: expected a commit, 40 hexadecimal digits")
 
 
-# Ten steps lie 100 times apart, and CompVis's grid would add the noise of time 501 where the first step is told 401: five times the gap
-# of the paper's 50 steps. At strength 0.1 fifty steps cost no more than these do at 0.5, and one step of ten would be none.
+# Ten steps lie 100 times apart: CompVis's grid would add the noise of time 501 where the first step is told 401, five times the gap of
+# the paper's 50 steps. On diffusers' both are 401, so at "strength 0.5" there is less noise here than the paper's 501 or, on diffusers'
+# grid, 481. At strength 0.1 ten steps would add next to none; fifty cost what these do at 0.5.
 FEW_STEPS = {"num_inference_steps": 10, "time_grid": "diffusers"}
 MANY_STEPS = {"num_inference_steps": 50, "time_grid": "compvis"}
 TOY = Profile(

@@ -203,7 +203,7 @@ def ready(profile, notebooks, settings):
     from .files import CheckpointError
     try:
         checks = examine(profile, notebooks=notebooks, **settings)
-    except CheckpointError as error:    # of the lock file itself
+    except (CheckpointError, ValueError) as error:      # of the lock file itself; of what the settings make of a table's profile
         sys.exit(f"run_all.sh: {error}")
     for check in checks:
         if check.state in ("missing", "to fetch"):

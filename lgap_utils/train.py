@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm.auto import tqdm
 
+from .evaluate import state_digest
 from .keyed import generator, seed_of
 
 
@@ -61,7 +62,8 @@ def fit(model, loss_of, *, n_steps, lr, folder, seed=0, optimizer="adamw", neste
     (momentum 0.9, Nesterov's unless switched off). bf16: autocast the forward pass to it. ema: decay of an exponential
     moving average of the parameters, which replaces them at the end. measure() -> {name: number} is called in evaluation
     mode at each logged step. Writes `folder/log.csv` (step, lr, loss, ...), which is also what is returned.
-    Raises ValueError if the folder holds a run of another length or seed, or one whose loss is not finite.
+    data: what else the result depends on. Raises ValueError if the folder holds a run of another length, seed or data, or one
+    whose loss is not finite.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -135,7 +137,7 @@ def fit(model, loss_of, *, n_steps, lr, folder, seed=0, optimizer="adamw", neste
 
 
 class Batches:
-    """Indices of the batch of each step: every image once an epoch, in an order that depends on (seed, epoch) alone."""
+    """Indices of the batch of each step: whole batches of images, none twice an epoch, in an order that depends on (seed, epoch) alone."""
 
     def __init__(self, n, batch_size, seed=0):
         self.n, self.batch_size, self.seed = n, min(batch_size, n), seed
@@ -206,7 +208,7 @@ def train_classifier(net, images, folder, *, epochs, batch_size=128, lr=0.2, opt
     return fit(net, loss_of, n_steps=round(epochs * batches.per_epoch), lr=lr, folder=folder, optimizer=optimizer, nesterov=nesterov,
                weight_decay=weight_decay, warmup=0.15, schedule=SCHEDULES[schedule], bf16=bf16, save_every=batches.per_epoch,
                log_every=batches.per_epoch if validation else 50, measure=measure if validation else None, seed=seed,
-               data=f"{len(images)} of {images.source}")
+               data=[images.source, len(images), batch_size, augment, pad, padding, small_epochs, small_side])
 
 
 def logits(net, x):
@@ -221,7 +223,7 @@ def finetune(net, x, y, folder, *, epochs=15, lr=1e-3, batch_size=128, x_val, y_
     the images at hand and on (x_val, y_val), which must be no test images. Nothing is selected: the last weights count.
     """
     device = next(net.parameters()).device
-    batches = Batches(len(x), batch_size, seed)
+    batches, begins_with = Batches(len(x), batch_size, seed), state_digest(net)
     net.requires_grad_(True)
 
     def loss_of(step, rng):
@@ -236,7 +238,7 @@ def finetune(net, x, y, folder, *, epochs=15, lr=1e-3, batch_size=128, x_val, y_
 
     rows = fit(net, loss_of, n_steps=round(epochs * batches.per_epoch), lr=lr, folder=folder, optimizer="adam", schedule=constant,
                log_every=batches.per_epoch, save_every=batches.per_epoch, measure=measure, seed=seed, title="fine-tune",
-               data=hashlib.blake2b(x.numpy().tobytes() + y.numpy().tobytes(), digest_size=8).hexdigest())
+               data=[hashlib.blake2b(x.numpy().tobytes() + y.numpy().tobytes(), digest_size=8).hexdigest(), begins_with])
     net.requires_grad_(False)
     return [{"epoch": row["step"] / batches.per_epoch, **row} for row in rows]
 
@@ -292,7 +294,8 @@ def train_captioner(captioner, images, captions, folder, *, teacher, epochs, bat
         return loss, {"words": out.loss, "local": local, "class": (guess.argmax(1) == y).float().mean()}
 
     return fit(nn.ModuleList([blip, readout]), loss_of, n_steps=round(epochs * batches.per_epoch), lr=lr, folder=folder,
-               weight_decay=0.05, warmup=0.1, clip=1.0, bf16=bf16, seed=seed)
+               weight_decay=0.05, warmup=0.1, clip=1.0, bf16=bf16, seed=seed,
+               data=[images.source, batch_size, flip, state_digest(teacher)])
 
 
 # ---------------------------------------------------------------- the diffusion model
@@ -342,7 +345,8 @@ def train_vae(vae, images, folder, *, epochs, batch_size=16, lr=3e-3, kl=1e-8, f
         return loss, seen
 
     rows = fit(nn.ModuleList([vae, cleaner]) if noise else vae, loss_of, n_steps=round(epochs * batches.per_epoch), lr=lr, folder=folder,
-               warmup=0.05, clip=1.0, ema=0.998, bf16=bf16, seed=seed)
+               warmup=0.05, clip=1.0, ema=0.998, bf16=bf16, seed=seed,
+               data=[images.source, batch_size, kl, flip, noise, features, teacher and state_digest(teacher)])
     with torch.no_grad():
         z = torch.cat([vae.encode(part.to(device) * 2 - 1).latent_dist.mean for part in images[:1024].x.split(64)])
     vae.register_to_config(scaling_factor=1 / z.std().item())
@@ -384,6 +388,7 @@ def train_diffusion(purifier, images, captions, folder, *, epochs, batch_size=64
         return F.mse_loss(unet(noisy, t, purifier.text_encoder(words).last_hidden_state).sample, target)
 
     rows = fit(nn.ModuleList([unet, purifier.text_encoder]), loss_of, n_steps=round(epochs * batches.per_epoch), lr=lr, folder=folder,
-               weight_decay=0.01, warmup=0.05, clip=1.0, ema=0.999, seed=seed)
+               weight_decay=0.01, warmup=0.05, clip=1.0, ema=0.999, seed=seed,
+               data=[images.source, batch_size, drop, t_used, flip, purifier.vae_sample, state_digest(vae)])
     purifier.requires_grad_(False).eval()
     return rows

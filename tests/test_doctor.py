@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from lgap_utils import __main__ as command
-from lgap_utils import attacks, doctor, models
+from lgap_utils import attacks, doctor, models, runner
 from lgap_utils.defense import LatentPurifier
 from lgap_utils.profiles import PAPER, PROFILES, REVISIONS, ROOT
 
@@ -291,3 +291,8 @@ def test_hours_come_from_rows_of_this_device_alone(monkeypatch, tmp_path):
     assert price(row, p=replace(PAPER, same_models=False))[2] == "not measured on this device"
     assert doctor.seconds(Counter(captions=2, passes=100), price(row, step)) == pytest.approx(15 + 105)
     assert doctor.seconds(Counter(captions=2), price(row)) is None
+
+
+def test_settings_that_leave_a_table_without_a_step_are_refused_before_anything_starts():
+    with pytest.raises(SystemExit, match="strength=0.1 of num_inference_steps=8 gives 0 denoising steps; expected 1 to 7"):
+        runner.ready("toy", ["07_table4_imagenet"], {"num_inference_steps": 8})

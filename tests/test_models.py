@@ -414,3 +414,10 @@ def test_a_fine_tuned_classifier_is_refused_where_it_was_tuned_otherwise(profile
     for other in ({"finetune_epochs": 2}, {"strength": 0.2}, {"n_finetune": 5}):
         with pytest.raises(ValueError, match=f"was fine-tuned with other settings .*{next(iter(other))}: there .*, here"):
             models.load_finetuned(dataclasses.replace(own, **other))
+    from safetensors.torch import load_file, save_file
+    file = shutil.copytree(profile.captioner, tmp_path / "other weights") / "model.safetensors"
+    state = load_file(file)
+    state[next(iter(state))] += 1
+    save_file(state, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="was fine-tuned with other settings .*weights"):
+        models.load_finetuned(dataclasses.replace(own, captioner=str(file.parent)))

@@ -329,6 +329,16 @@ def test_fine_tuning_on_other_images_does_not_take_the_old_result(net, images, t
     train.finetune(net, images.pixels, images.labels, tmp_path, **how)
     with pytest.raises(ValueError, match="another run"):
         train.finetune(net, 255 - images.pixels, images.labels, tmp_path, **how)
+    with pytest.raises(ValueError, match="another run"):    # nor does fine-tuning from where that ended
+        train.finetune(net, images.pixels, images.labels, tmp_path, **how)
+
+
+def test_what_a_model_was_trained_for_is_part_of_its_run(make, profile, tmp_path):
+    images, new = make.load_images("toy", "train", 8), lambda: make.new_vae(profile, channels=(8, 16), latent_channels=4)
+    train.train_vae(new(), images, tmp_path, epochs=1, batch_size=8, noise=1.62)
+    for other in ({"noise": 1.17}, {"noise": 1.62, "kl": 1e-6}):
+        with pytest.raises(ValueError, match="belongs to another run.*data"):
+            train.train_vae(new(), images, tmp_path, epochs=1, batch_size=8, **other)
 
 
 def test_a_captioner_learns_two_sentences_by_heart(make, profile, defense, images, tmp_path):
