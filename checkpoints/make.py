@@ -41,7 +41,7 @@ RECIPES = {
                                   {"lr": 0.15, "epochs": 15, "small_epochs": 9, "bf16": True})},
         "captioner": {"width": 128, "layers": 4, "text_layers": 2,
                       "cycles": ({"epochs": 1.5}, {"epochs": 2.25, "bf16": True}, {"epochs": 8, "bf16": True})},
-        # 1.62 is the noise of time 501, sqrt(1 / alpha_bar - 1): what strength 0.5 of 1000 times adds
+        # 1.62 is the noise of time 501, sqrt(1 / alpha_bar - 1): the paper's, and more than the profile's ten steps add (1.17)
         "vae": {"channels": (16, 32, 64), "latent_channels": 144, "epochs": 2.8, "batch_size": 32, "kl": 1e-8,
                 "noise": 1.62, "features": 0.02, "bf16": True},
         "diffusion": {"channels": (64, 128), "text_width": 64, "epochs": (4,)},
@@ -106,7 +106,7 @@ def new_vae(profile, *, channels, latent_channels):
     colours from the next layer, and learning them back takes long.
 
     The latent has as much room as Stable Diffusion's has for the same image at the authors' working size: 8 x 8 x 144 numbers
-    against 48 x 48 x 4. Room is what survives noise: at strength 0.5 each number of unit variance keeps 0.23 bits.
+    against 48 x 48 x 4. Room is what survives noise: at t = 501 each number of unit variance keeps 0.23 bits.
     """
     from diffusers import AutoencoderKL
     n = len(channels)
