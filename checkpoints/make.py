@@ -41,10 +41,8 @@ RECIPES = {
                                   {"lr": 0.15, "epochs": 15, "small_epochs": 9, "bf16": True})},
         "captioner": {"width": 128, "layers": 4, "text_layers": 2,
                       "cycles": ({"epochs": 1.5}, {"epochs": 2.25, "bf16": True}, {"epochs": 8, "bf16": True})},
-        # 1.62 is the noise of time 501, sqrt(1 / alpha_bar - 1): the paper's, and more than the profile's ten steps add (1.17)
-        "vae": {"channels": (16, 32, 64), "latent_channels": 144, "epochs": 2.8, "batch_size": 32, "kl": 1e-8,
-                "noise": 1.62, "features": 0.02, "bf16": True},
-        "diffusion": {"channels": (64, 128), "text_width": 64, "epochs": (4,)},
+        "vae": {"channels": (16, 32, 64), "latent_channels": 144, "epochs": 1.5, "kl": 1e-6},
+        "diffusion": {"channels": (64, 128), "text_width": 64, "epochs": (2, 1)},
     },
     # Yoon et al.'s (meliketoy/wide-resnet.pytorch): the crop is padded with zeros, the momentum is not Nesterov's
     "paper": {
