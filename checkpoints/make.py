@@ -19,6 +19,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 from lgap_utils import models, report, train  # noqa: E402
+from lgap_utils.__main__ import settings_of  # noqa: E402
 from lgap_utils.data import load_images, pixel_caption  # noqa: E402
 from lgap_utils.profiles import get_profile  # noqa: E402
 
@@ -159,10 +160,9 @@ def make_captioner(profile, images, captions, work, out, device, width, layers, 
     captioner.processor.save_pretrained(out / "captioner")
 
 
-def make_vae(profile, images, captions, work, out, device, channels, latent_channels, features=0.0, **how):
-    vae = new_vae(profile, channels=channels, latent_channels=latent_channels).to(device, memory_format=torch.channels_last)
-    teacher = models.load_classifier(str(out / "classifier"), device=device) if features else None
-    train.train_vae(vae, images, work, features=features, teacher=teacher, **how)
+def make_vae(profile, images, captions, work, out, device, flip=False, epochs=1, kl=1e-8, **sizes):
+    vae = new_vae(profile, **sizes).to(device, memory_format=torch.channels_last)
+    train.train_vae(vae, images, work, epochs=epochs, kl=kl, flip=flip)
     vae.half().save_pretrained(out / "diffusion" / "vae")
 
 
@@ -180,14 +180,14 @@ def make_diffusion(profile, images, captions, work, out, device, flip=False, epo
     purifier.scheduler.save_pretrained(out / "diffusion" / "scheduler")
 
 
-def measure(profile, out, device):
-    """What the saved models are worth on the profile's test images, into measured.md. The classifier is not fine-tuned here."""
+def measured(profile, device, split="test"):
+    """What the profile's models are worth on the first images of a split, as Markdown; with no fine-tuning of its own."""
     import pandas as pd
 
     from lgap_utils import attacks
     from lgap_utils.data import names_class
     from lgap_utils.keyed import Keys
-    defense, test = models.load_defense(profile, device=device), load_images(profile.dataset, "test", profile.n_images)
+    defense, test = models.load_defense(profile, device=device), load_images(profile.dataset, split, profile.n_images)
     y, keys = test.labels, Keys(test.indices, profile.seed, "attack")
     x_adv = attacks.in_batches(lambda x, y, keys: attacks.pgd(
         attacks.blind(defense), x.to(device), y, eps=profile.eps, step_size=profile.step_size, n_steps=profile.n_steps,
@@ -210,11 +210,10 @@ def measure(profile, out, device):
         rows |= {(name, case): report.share(flags) for name, flags in found.items()}
     table = pd.DataFrame(rows).T.rename_axis(["measured", "images"])
     attack = f"preprocessor-blind PGD-{profile.n_steps}, eps {profile.eps_255:g}/255, step {profile.step_size_255:g}/255, random start"
-    (out / "measured.md").write_text(
-        f"{test.source}; test rows 0 to {len(test) - 1}; attacked: {attack}; intervals: 95 %, Wilson.\n\n"
-        f"{table.reset_index().to_markdown(index=False)}\n\n"
-        f"PSNR of the VAE's round trip on clean images: {torch.tensor(psnr).mean():.1f} dB "
-        f"(standard deviation {torch.tensor(psnr).std():.1f} over {len(psnr)} images).\n")
+    return (f"{test.source}; {split} images, the first {len(test)}; attacked: {attack}; intervals: 95 %, Wilson.\n\n"
+            f"{table.reset_index().to_markdown(index=False)}\n\n"
+            f"PSNR of the VAE's round trip on clean images: {torch.tensor(psnr).mean():.1f} dB "
+            f"(standard deviation {torch.tensor(psnr).std():.1f} over {len(psnr)} images).\n")
 
 
 PARTS = {"classifier": make_classifier, "captioner": make_captioner, "vae": make_vae, "diffusion": make_diffusion}
@@ -224,7 +223,7 @@ def make_trio(name, parts, device):
     """The parts of a bundled profile, into checkpoints/NAME."""
     profile, recipe, out = get_profile(name), RECIPES[name], HERE / name
     if parts == ["measure"]:
-        return measure(profile, out, device)
+        return (out / "measured.md").write_text(measured(profile, device))
     images = load_images(profile.dataset, "train", recipe["n"])
     captions = images.captions or [pixel_caption(p, images.classes[y], i) for p, y, i in
                                    zip(images.pixels, images.labels.tolist(), images.indices.tolist())]
@@ -237,7 +236,7 @@ def make_trio(name, parts, device):
             shutil.copy(log, out / f"{log.parent.relative_to(work.parent).as_posix().replace('/', '_')}_curve.csv")
         models.write_checksums(out)
     if "measure" in parts:
-        measure(profile, out, device)
+        (out / "measured.md").write_text(measured(profile, device))
 
 
 def make_paper(device, out=None, work=HERE / "work" / "paper", n=None, epochs=None, **sizes):
@@ -265,6 +264,8 @@ def main():
     parser.add_argument("profile", choices=sorted(RECIPES))
     parser.add_argument("--threads", type=int, help="CPU threads (default: all)")
     parser.add_argument("--only", nargs="+", choices=[*PARTS, "measure"], help="parts of `toy` and `small` (default: all)")
+    parser.add_argument("--try", nargs="*", dest="settings", metavar="NAME=VALUE", help="make nothing: print what `toy` or `small` is "
+                        "worth on validation images with these fields of the profile, e.g. strength=0.6 diffusion=/a/folder")
     sizes = parser.add_argument_group("for `paper`", "the same training at another size or length")
     sizes.add_argument("--depth", type=int, help="6 k + 4")
     sizes.add_argument("--widen-factor", type=int)
@@ -273,10 +274,16 @@ def main():
     sizes.add_argument("--out", help="folder of the result (default: checkpoints/paper/cifar100)")
     args = parser.parse_args()
     given = {name: value for name in ("depth", "widen_factor", "epochs", "n", "out") if (value := getattr(args, name)) is not None}
-    if args.profile == "paper" and args.only or args.profile != "paper" and given:
-        parser.error(f"{args.profile} takes no {', '.join(given) or '--only'}")
+    if args.profile == "paper" and (args.only or args.settings is not None) or args.profile != "paper" and given:
+        parser.error(f"{args.profile} takes no {', '.join(given) or ('--only' if args.only else '--try')}")
     if args.threads:
         torch.set_num_threads(args.threads)
+    if args.settings is not None:
+        try:
+            profile = get_profile(args.profile, **settings_of(args.profile, args.settings))
+        except ValueError as error:
+            parser.error(str(error))
+        return print(measured(profile, models.device_of(), "validation"))
     if args.profile == "paper":
         return make_paper(models.device_of(), **given)
     make_trio(args.profile, args.only or [*PARTS, "measure"], models.device_of())

@@ -176,8 +176,8 @@ TOY = Profile(
     dataset="toy", captioner="checkpoints/toy/captioner", diffusion="checkpoints/toy/diffusion",
     classifier="checkpoints/toy/classifier",
     size=32, **FEW_STEPS, n_images=128, n_finetune=1024, n_validation=128,
-    n_adaptive=16, n_eot_images=2, n_full=2, n_draws=3,
-    tables={4: {"eps_255": 4, "strength": 0.1, **MANY_STEPS}},
+    n_adaptive=16, n_eot_images=2, n_full=2, n_draws=3, autoattack_block=16,
+    tables={2: {"n_images": 32}, 4: {"eps_255": 4, "strength": 0.1, **MANY_STEPS}},
 )
 SMALL = Profile(
     name="small", about="real CIFAR-10 images and small models trained on its train split: CPU or GPU",

@@ -250,11 +250,6 @@ def feature_maps(net, x):
     return net.relu(net.bn1(net.block3(net.block2(net.block1(net.conv1(x))))))
 
 
-def normed_features(net, x):
-    """The last feature maps as a sequence [n, places, channels], each place at mean 0 and variance 1."""
-    return F.layer_norm(feature_maps(net, x).flatten(2).transpose(1, 2), (net.fc.in_features,))
-
-
 def train_captioner(captioner, images, captions, folder, *, teacher, epochs, batch_size=64, lr=1e-3, flip=False, bf16=False, seed=0):
     """Teach BLIP the captions (cross-entropy on the next word), on clean, noisy and blurred images alike.
 
@@ -268,8 +263,8 @@ def train_captioner(captioner, images, captions, folder, *, teacher, epochs, bat
     text = tokenizer([f"{captioner.prompt} {c}" for c in captions], padding=True, return_tensors="pt")
     ids, mask = text.input_ids, text.attention_mask
     ids[:, 0] = blip.config.text_config.bos_token_id
-    width = blip.config.vision_config.hidden_size
-    readout = nn.ModuleDict({"patch": nn.Linear(width, teacher.fc.in_features), "image": nn.Linear(width, len(images.classes))}).to(device)
+    width, n_features = blip.config.vision_config.hidden_size, teacher.fc.in_features
+    readout = nn.ModuleDict({"patch": nn.Linear(width, n_features), "image": nn.Linear(width, len(images.classes))}).to(device)
     batches = Batches(len(images), batch_size, seed)
 
     def loss_of(step, rng):
@@ -279,7 +274,8 @@ def train_captioner(captioner, images, captions, folder, *, teacher, epochs, bat
         if flip:
             x = crop_and_flip(x, rng, pad=3)
         with torch.no_grad():
-            features = normed_features(teacher, x.to(device).contiguous(memory_format=torch.channels_last))
+            features = feature_maps(teacher, x.to(device).contiguous(memory_format=torch.channels_last))
+            features = F.layer_norm(features.flatten(2).transpose(1, 2), (n_features,))
         blurred = F.avg_pool2d(F.pad(x, (1,) * 4, mode="reflect"), 3, 1)
         x = torch.where(torch.rand(n, 1, 1, 1, generator=rng) < 0.25, blurred, x)
         sigma = 0.1 * torch.rand(n, 1, 1, 1, generator=rng) * (torch.rand(n, 1, 1, 1, generator=rng) < 0.5)
@@ -300,23 +296,14 @@ def train_captioner(captioner, images, captions, folder, *, teacher, epochs, bat
 
 # ---------------------------------------------------------------- the diffusion model
 
-def train_vae(vae, images, folder, *, epochs, batch_size=16, lr=3e-3, kl=1e-8, flip=False, noise=0.0, teacher=None, features=0.0,
-              bf16=False, seed=0):
+def train_vae(vae, images, folder, *, epochs, batch_size=16, lr=3e-3, kl=1e-8, flip=False, seed=0):
     """Autoencoder on pixels: squared and absolute error, and a KL term that only keeps the latents bounded.
 
-    noise: what the latent is made to survive, the standard deviation of a normal noise on the posterior's mode at unit
-    variance; sqrt(1 / alpha_bar - 1) is that of a diffusion time. Half of each batch is decoded after it, cleaned by three
-    convolutions that are thrown away afterwards: the encoder learns to give each part of an image as much of the latent's
-    power as it is worth. features: weight of a squared error between the `teacher` WideResNet's last feature maps, the part
-    that a perceptual loss has in Stable Diffusion's autoencoder.
     Ends by setting `scaling_factor` so that latents have unit variance, as the diffusion model expects.
     """
     device = next(vae.parameters()).device
     batches = Batches(len(images), batch_size, seed)
     vae.requires_grad_(True)
-    room = vae.config.latent_channels
-    cleaner = nn.Sequential(nn.Conv2d(room, 128, 3, padding=1), nn.SiLU(), nn.Conv2d(128, 128, 3, padding=1), nn.SiLU(),
-                            nn.Conv2d(128, room, 3, padding=1)).to(device, memory_format=torch.channels_last)
 
     def loss_of(step, rng):
         x = images.pixels[batches(step)].float() / 127.5 - 1
@@ -324,29 +311,13 @@ def train_vae(vae, images, folder, *, epochs, batch_size=16, lr=3e-3, kl=1e-8, f
             x = crop_and_flip(x, rng, pad=2)
         x = x.to(device).contiguous(memory_format=torch.channels_last)
         posterior = vae.encode(x).latent_dist
-        draw = torch.randn(posterior.mean.shape, generator=rng).to(device)
-        half = len(x) // 2 if noise else 0
-        if noise:
-            spread = posterior.mean.std()
-            noisy = posterior.mean[:half] / spread + noise * draw[:half]
-            z = torch.cat([(noisy / (1 + noise ** 2) + cleaner(noisy)) * spread, posterior.mean[half:]])
-        else:
-            z = posterior.mean + posterior.std * draw
-        out = vae.decode(z).sample
-        error = (out - x).float()
+        z = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=rng).to(device)
+        error = vae.decode(z).sample - x
         loss = error.square().mean() + 0.1 * error.abs().mean() + kl * posterior.kl().mean()
-        psnr = -10 * torch.log10(error.detach().square().mean((1, 2, 3)) / 4)
-        seen = {"psnr": psnr[half:].mean()} | ({"psnr_noisy": psnr[:half].mean()} if noise else {})
-        if features:
-            with torch.no_grad():
-                wanted = normed_features(teacher, x / 2 + 0.5)
-            seen["features"] = F.mse_loss(normed_features(teacher, out / 2 + 0.5).float(), wanted.float())
-            loss = loss + features * seen["features"]
-        return loss, seen
+        return loss, {"psnr": -10 * torch.log10(error.detach().square().mean() / 4)}
 
-    rows = fit(nn.ModuleList([vae, cleaner]) if noise else vae, loss_of, n_steps=round(epochs * batches.per_epoch), lr=lr, folder=folder,
-               warmup=0.05, clip=1.0, ema=0.998, bf16=bf16, seed=seed,
-               data=[images.source, batch_size, kl, flip, noise, features, teacher and state_digest(teacher)])
+    rows = fit(vae, loss_of, n_steps=round(epochs * batches.per_epoch), lr=lr, folder=folder, warmup=0.05, clip=1.0, ema=0.998, seed=seed,
+               data=[images.source, batch_size, kl, flip])
     with torch.no_grad():
         z = torch.cat([vae.encode(part.to(device) * 2 - 1).latent_dist.mean for part in images[:1024].x.split(64)])
     vae.register_to_config(scaling_factor=1 / z.std().item())
