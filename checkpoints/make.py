@@ -195,7 +195,7 @@ def measured(profile, device, split="test"):
     rows, psnr = {}, None
     for case, x in (("clean", test.x), ("attacked", x_adv)):
         found = {"classifier right, undefended": [], "classifier right, VAE round trip only": [],
-                 "classifier right, LGAP, not fine-tuned": [], "caption names the class": []}
+                 "classifier right, LGAP": [], "caption names the class": []}
         for part in torch.arange(len(x)).split(profile.batch_size):
             batch, label = x[part].to(device), y[part].to(device)
             with torch.no_grad():
