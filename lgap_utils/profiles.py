@@ -177,7 +177,7 @@ TOY = Profile(
     classifier="checkpoints/toy/classifier",
     size=32, **FEW_STEPS, n_images=128, n_finetune=1024, n_validation=128,
     n_adaptive=16, n_eot_images=2, n_full=2, n_draws=3, autoattack_block=16,
-    tables={2: {"n_images": 32}, 4: {"eps_255": 4, "strength": 0.1, **MANY_STEPS}},
+    tables={1: {"n_images": 64}, 2: {"n_images": 32}, 3: {"n_images": 32}, 4: {"eps_255": 4, "strength": 0.1, **MANY_STEPS}},
 )
 SMALL = Profile(
     name="small", about="real CIFAR-10 images and small models trained on its train split: CPU or GPU",

@@ -291,14 +291,6 @@ def test_clean_captions_stay_with_their_image_when_others_leave():
 
 # ---------------------------------------------------------------- AutoAttack
 
-@pytest.fixture
-def quick(monkeypatch):
-    """AutoAttack's numbers made small; FAB, nine tenths of its time, is left out and takes no part in any flag."""
-    from pyautoattack.fab_base import FABAttack
-    monkeypatch.setattr(FABAttack, "perturb", lambda self, x, y: x.clone())
-    return {"eps": 0.05, "n_steps": 5, "n_queries": 10}
-
-
 def dynamic(x):
     """A model that takes gradients of its own."""
     with torch.enable_grad():

@@ -157,7 +157,7 @@ def test_running_out_of_memory_changes_no_row(unbroken, tmp_path):
     assert run.room.size <= 2 and same(small, unbroken[1])
 
 
-def test_a_block_is_attacked_as_a_whole_or_not_at_all(tmp_path):
+def test_a_block_is_attacked_as_a_whole_or_not_at_all(quick, tmp_path):
     """Images 10, 13, ... 31 at hand: 10; 13; 16, 19; 22, 25 and 28, 31 share blocks of 6 from 6, 12, 18, 24 and 30."""
     attack, images = Attack("AA", optimiser="autoattack", n_steps=3, block=12), some_images()
     whole = evaluation(tmp_path / "whole", batch_size=3).run(attack)

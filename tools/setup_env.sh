@@ -107,6 +107,8 @@ set_up() {
         esac
     done
     export HF_HUB_DISABLE_TELEMETRY=1
+    # Where it is set, nothing is kept compiled, and each notebook takes twice as long to start.
+    unset PYTHONDONTWRITEBYTECODE
     if [ -n "$active" ] && ! [ "$active" -ef .venv ]; then
         use_active "$active"
     else
