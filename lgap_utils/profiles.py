@@ -175,8 +175,8 @@ TOY = Profile(
     name="toy", about="drawn scenes and bundled small models: no network, no GPU, minutes on two cores",
     dataset="toy", captioner="checkpoints/toy/captioner", diffusion="checkpoints/toy/diffusion",
     classifier="checkpoints/toy/classifier",
-    size=32, **FEW_STEPS, n_images=128, n_finetune=1024, n_validation=128,
-    n_adaptive=16, n_eot_images=2, n_full=2, n_draws=3, autoattack_block=16,
+    size=32, **FEW_STEPS, n_images=128, n_finetune=768, n_validation=128,
+    n_adaptive=16, n_eot_images=2, n_full=1, n_draws=3, autoattack_block=16,
     tables={1: {"n_images": 64}, 2: {"n_images": 32}, 3: {"n_images": 32}, 4: {"eps_255": 4, "strength": 0.1, **MANY_STEPS}},
 )
 SMALL = Profile(
