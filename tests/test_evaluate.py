@@ -208,7 +208,7 @@ def test_images_that_are_not_at_hand_or_named_twice_are_refused(tmp_path, indice
     ({"seed": 6}, "seed: there 5, here 6"), ({"n_draws": 2}, "n_draws: there 3, here 2"),
     ({"config": {"weights": "2"}}, "weights: there '1', here '2'"),
     ({"purifier": Noisy(0.2)}, "defences.LGAP.purifier.is.strength: there 0.1, here 0.2"),
-], ids=str)
+], ids=lambda value: re.sub(" at 0x[0-9a-f]+", "", str(value)))        # the same in every process
 def test_rows_of_another_configuration_are_refused_and_the_difference_is_named(copied, changed, says):
     before = {path: path.read_bytes() for path in copied.rglob("*.*")}
     with pytest.raises(ValueError, match=rf"another configuration \({re.escape(says)}\).*move or delete it"):
