@@ -170,13 +170,12 @@ class Profile:
 # the paper's 50 steps. On diffusers' both are 401, so at "strength 0.5" there is less noise here than the paper's 501 or, on diffusers'
 # grid, 481. At strength 0.1 ten steps would add next to none; fifty cost what these do at 0.5. `toy` takes six, from time 333: on
 # validation images they do no worse than ten.
-FEW_STEPS = {"num_inference_steps": 10, "time_grid": "diffusers"}
 MANY_STEPS = {"num_inference_steps": 50, "time_grid": "compvis"}
 TOY = Profile(
     name="toy", about="drawn scenes and bundled small models: no network, no GPU, minutes on two cores",
     dataset="toy", captioner="checkpoints/toy/captioner", diffusion="checkpoints/toy/diffusion",
     classifier="checkpoints/toy/classifier",
-    size=32, **FEW_STEPS | {"num_inference_steps": 6}, n_images=128, n_finetune=768, n_validation=128,
+    size=32, num_inference_steps=6, time_grid="diffusers", n_images=128, n_finetune=768, n_validation=128,
     n_adaptive=16, n_eot_images=2, n_full=1, n_draws=3, autoattack_block=16,
     tables={1: {"n_images": 64}, 2: {"n_images": 32}, 3: {"n_images": 32}, 4: {"eps_255": 4, "strength": 0.1, **MANY_STEPS}},
 )
@@ -185,7 +184,7 @@ SMALL = Profile(
     dataset="cifar10", captioner="checkpoints/small/captioner", diffusion="checkpoints/small/diffusion",
     classifier="checkpoints/small/classifier",
     vae_sample=False,                   # most channels of its latent hold nothing, and their posterior is the prior
-    size=32, **FEW_STEPS, n_images=512, n_finetune=3072, n_validation=256,
+    size=32, num_inference_steps=10, time_grid="diffusers", n_images=512, n_finetune=3072, n_validation=256,
     n_adaptive=64, n_eot_images=64, n_full=16, n_draws=3, autoattack_block=64,
     tables={2: {"n_images": 128}, 4: {"eps_255": 4, "strength": 0.1, **MANY_STEPS}},
 )

@@ -3,6 +3,7 @@ import atexit
 import copy
 import importlib.util
 import os
+import re
 import shutil
 import tempfile
 from dataclasses import replace
@@ -24,6 +25,11 @@ SIZES = {
     "vae": {"channels": (8, 16, 16), "latent_channels": 4},
     "diffusion": {"channels": (16, 32), "text_width": 16, "epochs": ()},
 }
+
+
+def pytest_make_parametrize_id(val):
+    """Settings are shown as they are written, less the addresses of objects: ids must be the same in every process."""
+    return re.sub(" at 0x[0-9a-f]+", "", str(val)) if isinstance(val, (dict, list, tuple)) else None
 
 
 @pytest.fixture

@@ -93,7 +93,7 @@ def test_images_can_be_sliced(images):
     (("toy", "dev", 1), r"no split 'dev'; choose from \['test', 'train', 'validation'\]"),
     (("toy", "test"), "how many"), (("toy", "test", 0), "n >= 1"), (("toy", "test", 1, -1), "start >= 0"),
     (("cifar10", "test", None, -1), "start >= 0"), (("imagenet", "train"), "imagenet has no split 'train' here, only 'test'"),
-], ids=str)
+])
 def test_rows_that_cannot_be_are_refused(hub, arguments, says):
     with pytest.raises(ValueError, match=says):
         load_images(*arguments)

@@ -323,7 +323,7 @@ def test_images_that_just_fit_are_taken():
     ({"time_grid": "ddpm"}, "no time_grid 'ddpm'"),
     ({"size": 30}, "size=30.*multiple of 4"),
     ({"guidance": 3}, "no setting guidance; choose from"),
-], ids=str)
+])
 def test_a_bad_setting_is_refused(purifier, images, settings, says):
     old = purifier.settings()
     with pytest.raises(ValueError, match=says), purifier.using(**settings):
@@ -331,7 +331,7 @@ def test_a_bad_setting_is_refused(purifier, images, settings, says):
     assert purifier.settings() == old
 
 
-@pytest.mark.parametrize("settings", [{"strength": 0}, {"size": 30}, {"time_grid": "ddpm"}], ids=str)
+@pytest.mark.parametrize("settings", [{"strength": 0}, {"size": 30}, {"time_grid": "ddpm"}])
 def test_a_purifier_is_not_built_with_a_bad_setting(purifier, settings):
     p = purifier
     with pytest.raises(ValueError, match=str(next(iter(settings.values())))):
@@ -350,7 +350,7 @@ def test_settings_come_back_after_a_failure(purifier):
     assert purifier.settings() == old
 
 
-@pytest.mark.parametrize("wrong, error", [(["one"], ValueError), ("ab", TypeError), ([1, 2], TypeError), (["a", None], TypeError)], ids=str)
+@pytest.mark.parametrize("wrong, error", [(["one"], ValueError), ("ab", TypeError), ([1, 2], TypeError), (["a", None], TypeError)])
 def test_captions_are_one_string_per_image(defense, images, wrong, error):
     with pytest.raises(error, match="captions: "):
         defense.purify(images.x[:2], wrong)

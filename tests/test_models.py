@@ -363,7 +363,7 @@ def test_unknown_names_are_refused_with_the_choices(profile):
         models.load_defense(dataclasses.replace(profile, dataset="mnist"), device="cpu")
 
 
-@pytest.mark.parametrize("settings", [{"strength": 0}, {"strength": 0.1, "num_inference_steps": 4}, {"size": 30}], ids=str)
+@pytest.mark.parametrize("settings", [{"strength": 0}, {"strength": 0.1, "num_inference_steps": 4}, {"size": 30}])
 def test_a_purification_that_cannot_be_is_refused_when_it_loads(profile, settings):
     with pytest.raises(ValueError, match="size=30|gives 0 denoising steps"):
         models.load_defense(dataclasses.replace(profile, **settings), device="cpu")

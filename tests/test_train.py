@@ -73,7 +73,7 @@ def test_the_log_holds_what_was_returned(tmp_path):
 @pytest.mark.parametrize("how, says", [
     ({"lr": 0.02}, r"'lr': \(0.01, 0.02\)"), ({"seed": 1}, r"'seed': \(0, 1\)"), ({"n_steps": 30}, r"\(20, 30\)"),
     ({"optimizer": "sgd"}, "'adamw', 'sgd'"), ({"ema": 0.9}, "ema"), ({"clip": 1.0}, "clip"), ({"warmup": 0.5}, "warmup"),
-    ({"nesterov": False}, "nesterov"), ({"bf16": True}, "bf16")], ids=str)
+    ({"nesterov": False}, "nesterov"), ({"bf16": True}, "bf16")])
 def test_a_folder_of_another_run_is_refused_with_the_difference(tmp_path, how, says):
     with pytest.raises(Killed):
         run(linear(), tmp_path, kill_at=12)
