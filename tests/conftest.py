@@ -28,8 +28,8 @@ SIZES = {
 
 
 def pytest_make_parametrize_id(val):
-    """Settings are shown as they are written, less the addresses of objects: ids must be the same in every process."""
-    return re.sub(" at 0x[0-9a-f]+", "", str(val)) if isinstance(val, (dict, list, tuple)) else None
+    """Plain settings are shown as they are written, less the addresses of objects: ids must be the same in every process."""
+    return re.sub(" at 0x[0-9a-f]+", "", str(val)) if type(val) in (dict, list, tuple) else None
 
 
 @pytest.fixture
