@@ -32,18 +32,19 @@ RECIPES = {
                        "epochs": 2, "batch_size": 64, "augment": False},
         "captioner": {"width": 96, "layers": 4, "text_layers": 2, "epochs": 6},
         "vae": {"channels": (16, 32, 64), "latent_channels": 144, "epochs": 2, "kl": 1e-8},
-        "diffusion": {"channels": (64, 96), "text_width": 64, "epochs": (4,)},
+        "diffusion": {"channels": (64, 96), "text_width": 64, "epochs": 4},
     },
     "small": {
         "n": None, "flip": True,
-        "classifier": {"depth": 16, "widen_factor": 2, "optimizer": "sgd", "weight_decay": 5e-4, "batch_size": 128,
-                       "cycles": ({"lr": 0.2, "epochs": 10, "small_epochs": 8},
-                                  {"lr": 0.1, "epochs": 8, "small_epochs": 4, "bf16": True},
-                                  {"lr": 0.15, "epochs": 15, "small_epochs": 9, "bf16": True})},
-        "captioner": {"width": 128, "layers": 4, "text_layers": 2,
-                      "cycles": ({"epochs": 1.5}, {"epochs": 2.25, "bf16": True}, {"epochs": 8, "bf16": True})},
-        "vae": {"channels": (16, 32, 64), "latent_channels": 144, "epochs": 1.5, "kl": 1e-6},
-        "diffusion": {"channels": (64, 128), "text_width": 64, "epochs": (2, 1)},
+        "classifier": {"depth": 16, "widen_factor": 3, "optimizer": "sgd", "weight_decay": 5e-4, "lr": 0.3, "epochs": 50,
+                       "batch_size": 256, "bf16": True},
+        "captioner": {"width": 256, "layers": 6, "text_layers": 2, "batch_size": 512, "bf16": True, "save_every": 2000,
+                      "cycles": ({"epochs": 8}, {"epochs": 47})},
+        # 0.7 is the noise of time 251, sqrt(1 / alpha_bar - 1)
+        "vae": {"channels": (16, 32, 64), "latent_channels": 144, "epochs": 24, "batch_size": 256, "bf16": True, "save_every": 2000,
+                "noise": 0.7, "calm": 0.2},
+        "diffusion": {"channels": (96, 192), "text_width": 64, "batch_size": 512, "bf16": True, "save_every": 2000, "t_used": 700,
+                      "mistakes": 0.1, "cycles": ({"epochs": 6}, {"epochs": 9})},
     },
     # Yoon et al.'s (meliketoy/wide-resnet.pytorch): the crop is padded with zeros, the momentum is not Nesterov's
     "paper": {
@@ -144,8 +145,15 @@ def folder_of(work, cycle):
     return work / f"cycle{cycle}" if cycle else work
 
 
+def compiled(*networks, device):
+    """These networks, compiled in place where there is a GPU; their weights keep their names."""
+    for network in networks if torch.device(device).type == "cuda" else ():
+        network.compile()
+    return networks[0]
+
+
 def make_classifier(profile, images, captions, work, out, device, depth, widen_factor, cycles=({},), **how):
-    net = models.new_wide_resnet(depth, widen_factor, len(images.classes))
+    net = compiled(models.new_wide_resnet(depth, widen_factor, len(images.classes)), device=device)
     for cycle, own in enumerate(cycles):
         train.train_classifier(net, images, folder_of(work, cycle), device=device, seed=cycle, **how | own)
     models.save_classifier(net, out / "classifier", depth=depth, widen_factor=widen_factor, num_classes=len(images.classes))
@@ -154,26 +162,32 @@ def make_classifier(profile, images, captions, work, out, device, depth, widen_f
 def make_captioner(profile, images, captions, work, out, device, width, layers, text_layers, flip=False, cycles=({},), **how):
     captioner = new_captioner(captions, profile, device, width=width, layers=layers, text_layers=text_layers)
     teacher = models.load_classifier(str(out / "classifier"), device=device)
+    compiled(captioner.model.vision_model, teacher.block1, teacher.block2, teacher.block3, device=device)
     for cycle, own in enumerate(cycles):
         train.train_captioner(captioner, images, captions, folder_of(work, cycle), teacher=teacher, flip=flip, seed=cycle, **how | own)
     captioner.model.half().save_pretrained(out / "captioner")
     captioner.processor.save_pretrained(out / "captioner")
 
 
-def make_vae(profile, images, captions, work, out, device, flip=False, epochs=1, kl=1e-8, **sizes):
-    vae = new_vae(profile, **sizes).to(device, memory_format=torch.channels_last)
-    train.train_vae(vae, images, work, epochs=epochs, kl=kl, flip=flip)
+def make_vae(profile, images, captions, work, out, device, channels, latent_channels, **how):
+    vae = new_vae(profile, channels=channels, latent_channels=latent_channels).to(device, memory_format=torch.channels_last)
+    compiled(vae.encoder, vae.decoder, device=device)
+    train.train_vae(vae, images, work, **how)
     vae.half().save_pretrained(out / "diffusion" / "vae")
 
 
-def make_diffusion(profile, images, captions, work, out, device, flip=False, epochs=(1,), **sizes):
-    """A cycle for each entry of `epochs`."""
+def make_diffusion(profile, images, captions, work, out, device, channels, text_width, mistakes=0.0, cycles=({},), **how):
     from diffusers import AutoencoderKL
     vae = AutoencoderKL.from_pretrained(out / "diffusion" / "vae", torch_dtype=torch.float32, low_cpu_mem_usage=False,
                                         local_files_only=True)
-    purifier = new_diffusion(vae, captions, profile, device, **sizes)
-    for cycle, n in enumerate(epochs):
-        train.train_diffusion(purifier, images, captions, work / f"cycle{cycle}", epochs=n, flip=flip, seed=cycle)
+    purifier = new_diffusion(vae, captions, profile, device, channels=channels, text_width=text_width)
+    compiled(purifier.unet, vae.encoder, device=device)
+    n = len(images.classes)
+    mistaken = [pixel_caption(p, images.classes[(y + 1 + i // 4 % (n - 1)) % n], i) for p, y, i in
+                zip(images.pixels, images.labels.tolist(), images.indices.tolist())] if mistakes else None
+    for cycle, own in enumerate(cycles):
+        train.train_diffusion(purifier, images, captions, work / f"cycle{cycle}", mistaken=mistaken, mistakes=mistakes, seed=cycle,
+                              **how | own)
     for name in ("unet", "text_encoder"):
         getattr(purifier, name).half().save_pretrained(out / "diffusion" / name)
     purifier.tokenizer.save_pretrained(out / "diffusion" / "tokenizer")
@@ -278,6 +292,7 @@ def main():
         parser.error(f"{args.profile} takes no {', '.join(given) or ('--only' if args.only else '--try')}")
     if args.threads:
         torch.set_num_threads(args.threads)
+    torch.backends.cudnn.benchmark = True
     if args.settings is not None:
         try:
             profile = get_profile(args.profile, **settings_of(args.profile, args.settings))

@@ -166,10 +166,11 @@ class Profile:
                 raise ValueError(f"{name}={getattr(self, name)!r}: expected a commit, 40 hexadecimal digits")
 
 
-# Ten steps lie 100 times apart: CompVis's grid would add the noise of time 501 where the first step is told 401, five times the gap of
-# the paper's 50 steps. On diffusers' both are 401, so at "strength 0.5" there is less noise here than the paper's 501 or, on diffusers'
-# grid, 481. At strength 0.1 ten steps would add next to none; fifty cost what these do at 0.5. `toy` takes six, from time 333: on
-# validation images they do no worse than ten.
+# A few steps lie hundreds of times apart: CompVis's grid would leave a network that is told the first step's time with the noise of the
+# grid point above it. On diffusers' both are the same. `toy` has three steps from time 333, where on validation images it does no worse
+# than with five from 401. `small` has two, from time 501, which is the noise of the paper's strength 0.5, and a guidance scale that makes
+# the caption count in so few: both chosen on validation images (checkpoints/README.md). At strength 0.1 so few steps would add next to
+# no noise; fifty cost little there.
 MANY_STEPS = {"num_inference_steps": 50, "time_grid": "compvis"}
 TOY = Profile(
     name="toy", about="drawn scenes and bundled small models: no network, no GPU, minutes on two cores",
@@ -183,10 +184,11 @@ SMALL = Profile(
     name="small", about="real CIFAR-10 images and small models trained on its train split: CPU or GPU",
     dataset="cifar10", captioner="checkpoints/small/captioner", diffusion="checkpoints/small/diffusion",
     classifier="checkpoints/small/classifier",
-    vae_sample=False,                   # most channels of its latent hold nothing, and their posterior is the prior
-    size=32, num_inference_steps=10, time_grid="diffusers", n_images=512, n_finetune=3072, n_validation=256,
+    vae_sample=False,                   # its autoencoder was trained on the posterior's mode alone
+    size=32, num_inference_steps=2, strength=1.0, guidance_scale=15.0, time_grid="diffusers",
+    n_images=512, n_finetune=8192, finetune_epochs=4, n_validation=256,
     n_adaptive=64, n_eot_images=64, n_full=16, n_draws=3, autoattack_block=64,
-    tables={2: {"n_images": 128}, 4: {"eps_255": 4, "strength": 0.1, **MANY_STEPS}},
+    tables={2: {"n_images": 128}, 4: {"eps_255": 4, "strength": 0.1, "guidance_scale": 5.0, **MANY_STEPS}},
 )
 PAPER = Profile(
     name="paper", about="BLIP, Stable Diffusion v1.5, RobustBench's classifiers; CIFAR-10, CIFAR-100, ImageNet: a GPU and the model hub",

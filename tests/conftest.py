@@ -23,7 +23,7 @@ atexit.register(shutil.rmtree, LOCK.parent)
 SIZES = {
     "classifier": {"depth": 10, "widen_factor": 1, "batch_size": 8},
     "vae": {"channels": (8, 16, 16), "latent_channels": 4},
-    "diffusion": {"channels": (16, 32), "text_width": 16, "epochs": ()},
+    "diffusion": {"channels": (16, 32), "text_width": 16, "cycles": ()},
 }
 
 

@@ -370,6 +370,46 @@ def test_the_vae_scales_its_latents_to_unit_variance(make, profile, tmp_path):
     assert math.isclose(z.std(), 1, rel_tol=1e-3) and vae.config.scaling_factor != 0.18215
 
 
+def test_the_vae_learns_to_survive_noise_and_to_stay_calm(make, profile, tmp_path):
+    images, training = make.load_images("toy", "train", 8), {"epochs": 40, "batch_size": 8, "lr": 0.01, "noise": 1.6}
+    moved = []
+    for calm in (0.0, 50.0):
+        torch.manual_seed(0)
+        vae = make.new_vae(profile, channels=(8, 16), latent_channels=4)
+        names = set(vae.state_dict())
+        rows = train.train_vae(vae, images, tmp_path / str(calm), calm=calm, **training)
+        assert all(rows[-1][name] > rows[0][name] + 2 for name in ("psnr", "psnr after noise"))
+        assert set(vae.state_dict()) == names and ("moved" in rows[0]) == (calm > 0)       # what cleaned the latents is gone
+        with torch.no_grad():
+            modes = [vae.encode(x).latent_dist.mean * vae.config.scaling_factor
+                     for x in (2 * images.x - 1, 2 * images.x - 1 + 16 / 255 * torch.randn(images.x.shape, generator=generator("push")))]
+        assert math.isclose(modes[0].std(), 1, rel_tol=1e-3)
+        moved.append((modes[1] - modes[0]).square().mean().item())
+    assert moved[1] < 0.9 * moved[0] and math.isclose(rows[-1]["moved"], moved[1], rel_tol=0.5)
+
+
+@pytest.mark.parametrize("drop, mistakes, shares", [(0, 0, (1, 0, 0)), (0, 0.5, (0.5, 0.5, 0)), (0.5, 0.5, (0.25, 0.25, 0.5)),
+                                                    (1, 0.5, (0, 0, 1))])
+def test_some_captions_are_dropped_and_some_mistaken(purifier, images, tmp_path, monkeypatch, drop, mistakes, shares):
+    """Whose caption is neither is the image's own; the mistaken one belongs to the same image."""
+    p, seen = copy.deepcopy(purifier), []
+    right, wrong = [f"a red {c}" for c in "abcdefgh"], [f"a blue {c}" for c in "abcdefgh"]
+    p.text_encoder.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    asked = []
+    batch = train.Batches.__call__
+    monkeypatch.setattr(train.Batches, "__call__", lambda self, step: asked.append(batch(self, step)) or asked[-1])
+    train.train_diffusion(p, images, right, tmp_path, epochs=30, batch_size=8, drop=drop, mistaken=wrong, mistakes=mistakes)
+    kinds = [p.tokenizer(k, padding="max_length", max_length=seen[0].shape[1], truncation=True, return_tensors="pt").input_ids
+             for k in (right, wrong, [""] * 8)]
+    counts = [sum(int((ids == kind[rows]).all(1).sum()) for ids, rows in zip(seen, asked)) for kind in kinds]
+    assert sum(counts) == 240 and all(abs(count / 240 - share) < 0.13 for count, share in zip(counts, shares))
+    assert all((count > 0) == (share > 0) for count, share in zip(counts, shares))
+
+
+def test_noise_depends_on_the_generator_alone():
+    assert torch.equal(train.normal((3, 4), generator(1), "cpu"), torch.randn(3, 4, generator=generator(1)))
+
+
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample"])
 def test_the_diffusion_model_learns_to_see_noise(purifier, images, tmp_path, prediction_type):
     """Its error falls, and below 1, which is what predicting nothing costs; only the UNet and the text encoder move."""
