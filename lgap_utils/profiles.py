@@ -186,7 +186,7 @@ SMALL = Profile(
     classifier="checkpoints/small/classifier",
     vae_sample=False,                   # its autoencoder was trained on the posterior's mode alone
     size=32, num_inference_steps=2, strength=1.0, guidance_scale=15.0, time_grid="diffusers",
-    n_images=512, n_finetune=8192, finetune_epochs=4, n_validation=256,
+    n_images=512, n_finetune=8192, finetune_epochs=2, n_validation=256,
     n_adaptive=64, n_eot_images=64, n_full=16, n_draws=3, autoattack_block=64,
     tables={2: {"n_images": 128}, 4: {"eps_255": 4, "strength": 0.1, "guidance_scale": 5.0, **MANY_STEPS}},
 )
