@@ -367,6 +367,8 @@ def train_diffusion(purifier, images, captions, folder, *, epochs, batch_size=64
     """
     device, unet, vae = purifier.device, purifier.unet, purifier.vae
     length, n_images = purifier.tokenizer.model_max_length, len(images)
+    if mistakes and len(mistaken or ()) != n_images:
+        raise ValueError(f"mistaken: got {len(mistaken or ())} captions for {n_images} images, expected one each")
     tokens = purifier.tokenizer([*captions, *(mistaken or ()), ""], padding="max_length", max_length=length, truncation=True,
                                 return_tensors="pt").input_ids.to(device)
     steps = purifier.scheduler.config.num_train_timesteps

@@ -406,6 +406,11 @@ def test_some_captions_are_dropped_and_some_mistaken(purifier, images, tmp_path,
     assert all((count > 0) == (share > 0) for count, share in zip(counts, shares))
 
 
+def test_mistaken_captions_are_one_for_each_image(purifier, images, tmp_path):
+    with pytest.raises(ValueError, match="mistaken: got 3 captions for 8 images, expected one each"):
+        train.train_diffusion(copy.deepcopy(purifier), images, images.captions, tmp_path, epochs=1, mistaken=["a ring"] * 3, mistakes=0.1)
+
+
 def test_noise_depends_on_the_generator_alone():
     assert torch.equal(train.normal((3, 4), generator(1), "cpu"), torch.randn(3, 4, generator=generator(1)))
 
