@@ -38,13 +38,13 @@ RECIPES = {
         "n": None, "flip": True,
         "classifier": {"depth": 16, "widen_factor": 3, "optimizer": "sgd", "weight_decay": 5e-4, "lr": 0.3, "epochs": 50,
                        "batch_size": 256, "bf16": True},
-        "captioner": {"width": 256, "layers": 6, "text_layers": 2, "batch_size": 512, "bf16": True, "save_every": 2000,
+        "captioner": {"width": 256, "layers": 6, "text_layers": 2, "batch_size": 512, "bf16": True,
                       "cycles": ({"epochs": 8}, {"epochs": 47})},
         # 0.7 is the noise of time 251, sqrt(1 / alpha_bar - 1)
-        "vae": {"channels": (16, 32, 64), "latent_channels": 144, "epochs": 24, "batch_size": 256, "bf16": True, "save_every": 2000,
+        "vae": {"channels": (16, 32, 64), "latent_channels": 144, "epochs": 24, "batch_size": 256, "bf16": True,
                 "noise": 0.7, "calm": 0.2},
-        "diffusion": {"channels": (96, 192), "text_width": 64, "batch_size": 512, "bf16": True, "save_every": 2000, "t_used": 700,
-                      "mistakes": 0.1, "cycles": ({"epochs": 6}, {"epochs": 9})},
+        "diffusion": {"channels": (96, 192), "text_width": 64, "batch_size": 512, "bf16": True, "t_used": 700, "mistakes": 0.1,
+                      "cycles": ({"epochs": 6}, {"epochs": 9})},
     },
     # Yoon et al.'s (meliketoy/wide-resnet.pytorch): the crop is padded with zeros, the momentum is not Nesterov's
     "paper": {
@@ -152,10 +152,9 @@ def compiled(*networks, device):
     return networks[0]
 
 
-def make_classifier(profile, images, captions, work, out, device, depth, widen_factor, cycles=({},), **how):
+def make_classifier(profile, images, captions, work, out, device, depth, widen_factor, **how):
     net = compiled(models.new_wide_resnet(depth, widen_factor, len(images.classes)), device=device)
-    for cycle, own in enumerate(cycles):
-        train.train_classifier(net, images, folder_of(work, cycle), device=device, seed=cycle, **how | own)
+    train.train_classifier(net, images, work, device=device, **how)
     models.save_classifier(net, out / "classifier", depth=depth, widen_factor=widen_factor, num_classes=len(images.classes))
 
 
@@ -186,7 +185,7 @@ def make_diffusion(profile, images, captions, work, out, device, channels, text_
     mistaken = [pixel_caption(p, images.classes[(y + 1 + i // 4 % (n - 1)) % n], i) for p, y, i in
                 zip(images.pixels, images.labels.tolist(), images.indices.tolist())] if mistakes else None
     for cycle, own in enumerate(cycles):
-        train.train_diffusion(purifier, images, captions, work / f"cycle{cycle}", mistaken=mistaken, mistakes=mistakes, seed=cycle,
+        train.train_diffusion(purifier, images, captions, folder_of(work, cycle), mistaken=mistaken, mistakes=mistakes, seed=cycle,
                               **how | own)
     for name in ("unet", "text_encoder"):
         getattr(purifier, name).half().save_pretrained(out / "diffusion" / name)
@@ -292,7 +291,6 @@ def main():
         parser.error(f"{args.profile} takes no {', '.join(given) or ('--only' if args.only else '--try')}")
     if args.threads:
         torch.set_num_threads(args.threads)
-    torch.backends.cudnn.benchmark = True
     if args.settings is not None:
         try:
             profile = get_profile(args.profile, **settings_of(args.profile, args.settings))

@@ -170,7 +170,7 @@ class Profile:
 # grid point above it. On diffusers' both are the same. `toy` has three steps from time 333, where on validation images it does no worse
 # than with five from 401. `small` has two, from time 501, which is the noise of the paper's strength 0.5, and a guidance scale that makes
 # the caption count in so few: both chosen on validation images (checkpoints/README.md). At strength 0.1 so few steps would add next to
-# no noise; fifty cost little there.
+# no noise; fifty cost little there, and take the default's guidance, untried.
 MANY_STEPS = {"num_inference_steps": 50, "time_grid": "compvis"}
 TOY = Profile(
     name="toy", about="drawn scenes and bundled small models: no network, no GPU, minutes on two cores",

@@ -187,26 +187,22 @@ def accuracy(model, x, y, batch_size=250):
 # ---------------------------------------------------------------- the classifier
 
 def train_classifier(net, images, folder, *, epochs, batch_size=128, lr=0.2, optimizer="sgd", nesterov=True, weight_decay=5e-4,
-                     schedule="one_cycle", augment=True, pad=3, padding="reflect", small_epochs=0, small_side=24, bf16=False,
-                     validation=None, seed=0, device="cpu"):
+                     schedule="one_cycle", augment=True, pad=3, padding="reflect", bf16=False, validation=None,
+                     seed=0, device="cpu"):
     """Standard training, cross-entropy on clean images: what the paper calls the raw classifier.
 
-    The first `small_epochs` run on images shrunk to `small_side`, at little more than half the cost. With images for
-    `validation`, the learning curve has a row an epoch, with the accuracy on them.
+    With images for `validation`, the learning curve has a row an epoch, with the accuracy on them.
     """
     batches = Batches(len(images), batch_size, seed)
     net.to(device, memory_format=torch.channels_last)
     pixels, labels = images.pixels.to(device), images.labels.to(device)
-    small_steps = small_epochs * batches.per_epoch
 
     def loss_of(step, rng):
         rows = batches(step).to(device)
         x, y = pixels[rows].float() / 255, labels[rows]
         if augment:
             x = crop_and_flip(x, rng, pad, padding)
-        if step < small_steps:
-            x = F.interpolate(x, size=small_side, mode="bilinear", align_corners=False, antialias=True)
-        out = logits(net, x.contiguous(memory_format=torch.channels_last)).float()
+        out = net(x.contiguous(memory_format=torch.channels_last)).float()
         return F.cross_entropy(out, y), {"accuracy": (out.argmax(1) == y).float().mean()}
 
     def measure():
@@ -215,12 +211,7 @@ def train_classifier(net, images, folder, *, epochs, batch_size=128, lr=0.2, opt
     return fit(net, loss_of, n_steps=round(epochs * batches.per_epoch), lr=lr, folder=folder, optimizer=optimizer, nesterov=nesterov,
                weight_decay=weight_decay, warmup=0.15, schedule=SCHEDULES[schedule], bf16=bf16, save_every=batches.per_epoch,
                log_every=batches.per_epoch if validation else 50, measure=measure if validation else None, seed=seed,
-               data=[images.source, len(images), batch_size, augment, pad, padding, small_epochs, small_side])
-
-
-def logits(net, x):
-    """`net(x)` for a WideResNet and images of another size than 32 too: its own forward pools 8 x 8 maps only."""
-    return net(x) if x.shape[-1] == 32 else net.fc(feature_maps(net, x).mean((2, 3)))
+               data=[images.source, len(images), batch_size, augment, pad, padding])
 
 
 def finetune(net, x, y, folder, *, epochs=15, lr=1e-3, batch_size=128, x_val, y_val, seed=0):
@@ -257,14 +248,14 @@ def feature_maps(net, x):
     return net.relu(net.bn1(net.block3(net.block2(net.block1(net.conv1(x))))))
 
 
-def train_captioner(captioner, images, captions, folder, *, teacher, epochs, batch_size=64, lr=1e-3, flip=False, seed=0, **how):
+def train_captioner(captioner, images, captions, folder, *, teacher, epochs, batch_size=64, lr=1e-3, flip=False, bf16=False, seed=0):
     """Teach BLIP the captions (cross-entropy on the next word), on clean, noisy and blurred images alike.
 
     Half of the images get Gaussian noise of up to 0.1, a quarter a blur: a captioner should be no easier to upset than
     the classifier. A small vision transformer learns shapes slowly by itself, so each of its patches is also asked,
     through a linear read-out that is thrown away, for the `teacher` WideResNet's features at its place in the clean
     image, and the image token for the class. The patch grid must be that of the feature maps: patches of 4 pixels, of
-    images of the size that the captioner takes. how: of `fit`.
+    images of the size that the captioner takes.
     """
     blip, tokenizer = captioner.model.requires_grad_(True), captioner.processor.tokenizer
     device = next(blip.parameters()).device
@@ -300,13 +291,14 @@ def train_captioner(captioner, images, captions, folder, *, teacher, epochs, bat
         return loss, {"words": out.loss, "local": local, "class": (guess.argmax(1) == y).float().mean()}
 
     return fit(nn.ModuleList([blip, readout]), loss_of, n_steps=round(epochs * batches.per_epoch), lr=lr, folder=folder,
-               weight_decay=0.05, warmup=0.1, clip=1.0, seed=seed, data=[images.source, batch_size, flip, state_digest(teacher)], **how)
+               weight_decay=0.05, warmup=0.1, clip=1.0, bf16=bf16, seed=seed,
+               data=[images.source, batch_size, flip, state_digest(teacher)])
 
 
 # ---------------------------------------------------------------- the diffusion model
 
-def train_vae(vae, images, folder, *, epochs, batch_size=16, lr=3e-3, kl=1e-8, flip=False, noise=0.0, calm=0.0, seed=0, **how):
-    """Autoencoder on pixels: squared and absolute error, and a KL term that only keeps the latents bounded. how: of `fit`.
+def train_vae(vae, images, folder, *, epochs, batch_size=16, lr=3e-3, kl=1e-8, flip=False, noise=0.0, calm=0.0, bf16=False, seed=0):
+    """Autoencoder on pixels: squared and absolute error, and a KL term that only keeps the latents bounded.
 
     noise: what the latent is made to survive, the standard deviation of a normal noise on the posterior's mode at unit
     variance; sqrt(1 / alpha_bar - 1) is that of a diffusion time. Half of each batch is decoded after it, cleaned by three
@@ -349,7 +341,8 @@ def train_vae(vae, images, folder, *, epochs, batch_size=16, lr=3e-3, kl=1e-8, f
         return loss, seen
 
     rows = fit(nn.ModuleList([vae, cleaner]) if noise else vae, loss_of, n_steps=round(epochs * batches.per_epoch), lr=lr, folder=folder,
-               warmup=0.05, clip=1.0, ema=0.998, seed=seed, data=[images.source, batch_size, kl, flip, noise, calm], **how)
+               warmup=0.05, clip=1.0, ema=0.998, bf16=bf16, seed=seed,
+               data=[images.source, batch_size, kl, flip, noise, calm])
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):       # compiling for another batch size would take longer
         z = torch.cat([vae.encode(part.to(device) * 2 - 1).latent_dist.mean for part in images[:1024].x.split(64)])
     vae.register_to_config(scaling_factor=1 / z.std().item())
@@ -357,13 +350,13 @@ def train_vae(vae, images, folder, *, epochs, batch_size=16, lr=3e-3, kl=1e-8, f
 
 
 def train_diffusion(purifier, images, captions, folder, *, epochs, batch_size=64, lr=1e-3, drop=0.1, t_used=600,
-                    mistaken=None, mistakes=0.0, flip=False, seed=0, **how):
+                    mistaken=None, mistakes=0.0, flip=False, bf16=False, seed=0):
     """Teach the UNet and its text encoder to denoise the latents of captioned images: what the scheduler's configuration
     calls `prediction_type`, the noise ("epsilon") or the latent itself ("sample").
 
     `drop` of the captions are empty, for guidance; five draws in six have a time below `t_used`, where purification is.
     `mistakes` of the rest are the image's `mistaken` caption, that of another class: a captioner errs too, and a model that
-    never saw it err would believe every word against what it sees. how: of `fit`.
+    never saw it err could believe every word against what it sees.
     """
     device, unet, vae = purifier.device, purifier.unet, purifier.vae
     length, n_images = purifier.tokenizer.model_max_length, len(images)
@@ -398,7 +391,7 @@ def train_diffusion(purifier, images, captions, folder, *, epochs, batch_size=64
         return F.mse_loss(unet(noisy, t, purifier.text_encoder(words).last_hidden_state).sample.float(), target)
 
     rows = fit(nn.ModuleList([unet, purifier.text_encoder]), loss_of, n_steps=round(epochs * batches.per_epoch), lr=lr, folder=folder,
-               weight_decay=0.01, warmup=0.05, clip=1.0, ema=0.999, seed=seed,
-               data=[images.source, batch_size, drop, t_used, mistakes, flip, purifier.vae_sample, state_digest(vae)], **how)
+               weight_decay=0.01, warmup=0.05, clip=1.0, ema=0.999, bf16=bf16, seed=seed,
+               data=[images.source, batch_size, drop, t_used, mistakes, flip, purifier.vae_sample, state_digest(vae)])
     purifier.requires_grad_(False).eval()
     return rows

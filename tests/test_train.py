@@ -4,6 +4,7 @@ import copy
 import csv
 import dataclasses
 import math
+import shutil
 
 import pytest
 import torch
@@ -221,13 +222,12 @@ def test_accuracy_counts(net, images):
 
 
 def test_a_classifier_learns_four_scenes_by_heart(net, images, tmp_path):
-    """Training pools globally, the network itself 8 x 8: at 32 x 32 that must be the same."""
     some, how = images[:4], {"batch_size": 4, "optimizer": "adam", "weight_decay": 0, "augment": False}
     expected = nn.functional.cross_entropy(copy.deepcopy(net).train()(some.x), some.labels)
     net.requires_grad_(True)
     (first,) = train.train_classifier(copy.deepcopy(net), some, tmp_path / "one step", epochs=1, **how)
     assert math.isclose(first["loss"], expected, rel_tol=1e-4)
-    rows = train.train_classifier(net, some, tmp_path / "all", epochs=40, lr=0.01, small_epochs=5, **how)
+    rows = train.train_classifier(net, some, tmp_path / "all", epochs=40, lr=0.01, **how)
     assert train.accuracy(net, some.x, some.labels) == rows[-1]["accuracy"] == 1
 
 
@@ -245,15 +245,18 @@ def test_half_precision_is_for_the_forward_pass_alone(net, images, tmp_path):
 
 def test_a_cycle_goes_on_from_the_one_before(make, profile, images, tmp_path):
     """The same as one run after the other by hand; each leaves its learning curve."""
-    how = {"depth": 10, "widen_factor": 1, "batch_size": 4, "cycles": ({"epochs": 1}, {"epochs": 2, "lr": 0.01})}
+    cycles, sizes = ({"epochs": 1}, {"epochs": 2, "lr": 0.01}), {"width": 32, "layers": 1, "text_layers": 1}
+    shutil.copytree(profile.classifier, tmp_path / "classifier")
     torch.manual_seed(0)
-    make.make_classifier(profile, images, None, tmp_path / "work", tmp_path, "cpu", **how)
+    make.make_captioner(profile, images, images.captions, tmp_path / "work", tmp_path, "cpu", batch_size=4, cycles=cycles, **sizes)
     assert [len((tmp_path / "work" / f).read_text().split()) - 1 for f in ("log.csv", "cycle1/log.csv")] == [2, 2]
     torch.manual_seed(0)
-    net = models.new_wide_resnet(10, 1, 10)
-    for seed, own in enumerate(how["cycles"]):
-        train.train_classifier(net, images, tmp_path / f"by hand {seed}", batch_size=4, seed=seed, **own)
-    assert models.state_digest(models.load_classifier(str(tmp_path / "classifier"), device="cpu")) == models.state_digest(net)
+    captioner = make.new_captioner(images.captions, profile, "cpu", **sizes)
+    teacher = models.load_classifier(profile.classifier, device="cpu")
+    for k, own in enumerate(cycles):
+        train.train_captioner(captioner, images, images.captions, tmp_path / f"by hand {k}", teacher=teacher, batch_size=4, seed=k, **own)
+    kept = models.load_captioner(str(tmp_path / "captioner"), device="cpu").model.state_dict()
+    assert all(torch.equal(kept[name], value.half().float()) for name, value in captioner.model.named_parameters())
 
 
 @pytest.fixture
