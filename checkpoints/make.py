@@ -43,8 +43,10 @@ RECIPES = {
         # 0.7 is the noise of time 251, sqrt(1 / alpha_bar - 1)
         "vae": {"channels": (16, 32, 64), "latent_channels": 144, "epochs": 24, "batch_size": 256, "bf16": True,
                 "noise": 0.7, "calm": 0.2},
-        "diffusion": {"channels": (96, 192), "text_width": 64, "batch_size": 512, "bf16": True, "t_used": 700, "mistakes": 0.1,
-                      "cycles": ({"epochs": 6}, {"epochs": 9})},
+        "diffusion": {"channels": (96, 192), "text_width": 64, "batch_size": 512, "bf16": True, "mistakes": 0.1,
+                      "cycles": ({"epochs": 6, "times": ((5, 0, 700), (1, 0, 1000))}, {"epochs": 9, "times": ((5, 0, 700), (1, 0, 1000))},
+                                 {"epochs": 8, "times": ((10, 401, 551), (3, 0, 100), (6, 0, 700), (1, 0, 1000)), "batch_size": 128,
+                                  "lr": 5e-4})},
     },
     # Yoon et al.'s (meliketoy/wide-resnet.pytorch): the crop is padded with zeros, the momentum is not Nesterov's
     "paper": {
@@ -135,8 +137,8 @@ def new_diffusion(vae, captions, profile, device, *, channels, text_width, token
         cross_attention_dim=text_width, attention_head_dim=4, norm_num_groups=16)
     # it predicts z_0 and not the noise: a network narrower than the latent cannot pass the noise of every channel through
     scheduler = models.ddim({"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "prediction_type": "sample"})
-    purifier = models.LatentPurifier(vae, unet, text_encoder, tokenizer, scheduler, size=profile.size, strength=profile.strength,
-                                     vae_sample=profile.vae_sample)
+    settings = {name: getattr(profile, name) for name in models.LatentPurifier.SETTINGS}
+    purifier = models.LatentPurifier(vae, unet, text_encoder, tokenizer, scheduler, **settings)
     return purifier.to(device, memory_format=torch.channels_last)
 
 
@@ -146,7 +148,7 @@ def folder_of(work, cycle):
 
 
 def compiled(*networks, device):
-    """These networks, compiled in place where there is a GPU; their weights keep their names."""
+    """The first of these networks; all are compiled in place where there is a GPU, and their weights keep their names."""
     for network in networks if torch.device(device).type == "cuda" else ():
         network.compile()
     return networks[0]
@@ -177,10 +179,14 @@ def make_vae(profile, images, captions, work, out, device, channels, latent_chan
 
 def make_diffusion(profile, images, captions, work, out, device, channels, text_width, mistakes=0.0, cycles=({},), **how):
     from diffusers import AutoencoderKL
+    from diffusers.models.attention_processor import AttnProcessor
     vae = AutoencoderKL.from_pretrained(out / "diffusion" / "vae", torch_dtype=torch.float32, low_cpu_mem_usage=False,
                                         local_files_only=True)
     purifier = new_diffusion(vae, captions, profile, device, channels=channels, text_width=text_width)
     compiled(purifier.unet, vae.encoder, device=device)
+    if purifier.device.type == "cpu":
+        # the fused attention's backward pass in bf16 takes 20 times as long there
+        purifier.unet.set_attn_processor(AttnProcessor())
     n = len(images.classes)
     mistaken = [pixel_caption(p, images.classes[(y + 1 + i // 4 % (n - 1)) % n], i) for p, y, i in
                 zip(images.pixels, images.labels.tolist(), images.indices.tolist())] if mistakes else None

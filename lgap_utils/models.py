@@ -401,6 +401,7 @@ def finetune(profile, defense):
     pixels, pixels_held_out = (purified_pixels(r, tuning.pixels.shape[1:]) for r in (rows, held_out))
     curve = train.finetune(defense.classifier, pixels, tuning.labels, profile.outputs / "rows" / f"03_finetune_{profile.dataset}",
                            epochs=profile.finetune_epochs, lr=profile.finetune_lr, batch_size=profile.finetune_batch,
+                           schedule=profile.finetune_schedule, augment=profile.finetune_augment,
                            x_val=pixels_held_out, y_val=validation.labels, seed=profile.seed)
     record = profile.finetuned / "finetuning.json"
     record.unlink(missing_ok=True)
@@ -411,7 +412,7 @@ def finetune(profile, defense):
 
 def _finetuning(profile, defense):
     """What a fine-tuned classifier depends on."""
-    numbers = ("n_finetune", "finetune_epochs", "finetune_lr", "finetune_batch")
+    numbers = ("n_finetune", "finetune_epochs", "finetune_lr", "finetune_batch", "finetune_schedule", "finetune_augment")
     parts = {part: identity(getattr(defense, part))["is"] for part in ("captioner", "purifier")}
     return json.loads(json.dumps({name: getattr(profile, name) for name in numbers} | parts | {"weights": weights(profile)}))
 

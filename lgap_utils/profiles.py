@@ -95,6 +95,8 @@ class Profile:
     finetune_lr: float = 1e-3
     finetune_epochs: int = 15
     finetune_batch: int = 128           # paper silent
+    finetune_schedule: str = "constant" # paper silent: of the learning rate; "one_cycle" goes up and down again, "steps" down
+    finetune_augment: bool = False      # paper silent: random crops, half of them mirrored; the authors' code has none
     n_finetune: int = 49_000            # training images that are purified; paper silent: taken to be all, less 1,000 for the curve
 
     # the tables
@@ -150,9 +152,10 @@ class Profile:
                 raise ValueError(f"{name}={value!r}: expected a number, e.g. {name}={getattr(type(self), name, high)}")
             if not low <= value <= high:
                 raise ValueError(f"{name}={value}: expected {low} to {high}")
-        flags = ("vae_sample", "same_models", "antialias", "needs_gpu", "masked_bpda")
+        flags = ("vae_sample", "same_models", "antialias", "needs_gpu", "masked_bpda", "finetune_augment")
         choices_of = {"dataset": ("cifar10", "cifar100", "imagenet", "toy"), "time_grid": ("compvis", "diffusers"),
                       "vae_input": ("unit", "clip", "authors"), "eot_average": ("gradient", "logits", "vote"),
+                      "finetune_schedule": ("constant", "one_cycle", "steps"),
                       "dtype": ("float32", "bfloat16", "float16"), "variant": ("", "fp16")} | dict.fromkeys(flags, (False, True))
         for name, choices in choices_of.items():
             if getattr(self, name) not in choices or type(getattr(self, name)) is not type(choices[0]):
@@ -186,7 +189,7 @@ SMALL = Profile(
     classifier="checkpoints/small/classifier",
     vae_sample=False,                   # its autoencoder was trained on the posterior's mode alone
     size=32, num_inference_steps=2, strength=1.0, guidance_scale=15.0, time_grid="diffusers",
-    n_images=512, n_finetune=8192, finetune_epochs=2, n_validation=256,
+    n_images=512, n_finetune=16_384, finetune_epochs=4, finetune_schedule="one_cycle", finetune_augment=True, n_validation=512,
     n_adaptive=64, n_eot_images=64, n_full=16, n_draws=3, autoattack_block=64,
     tables={2: {"n_images": 128}, 4: {"eps_255": 4, "strength": 0.1, "guidance_scale": 5.0, **MANY_STEPS}},
 )

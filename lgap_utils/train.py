@@ -214,29 +214,34 @@ def train_classifier(net, images, folder, *, epochs, batch_size=128, lr=0.2, opt
                data=[images.source, len(images), batch_size, augment, pad, padding])
 
 
-def finetune(net, x, y, folder, *, epochs=15, lr=1e-3, batch_size=128, x_val, y_val, seed=0):
+def finetune(net, x, y, folder, *, epochs=15, lr=1e-3, batch_size=128, schedule="constant", augment=False, x_val, y_val, seed=0):
     """Fine-tune `net` in place on purified training images (paper sections 3.2 and 4.1): Adam, cross-entropy.
 
-    x, x_val: purified images, uint8 [n, 3, h, w]; y, y_val: labels [n]. Returns a row an epoch: epoch, loss, accuracy on
-    the images at hand and on (x_val, y_val), which must be no test images. Nothing is selected: the last weights count.
+    x, x_val: purified images, uint8 [n, 3, h, w]; y, y_val: labels [n]. schedule: one of SCHEDULES, of the learning rate.
+    augment: crop at random, mirror half. Returns a row an epoch: epoch, loss, accuracy on the images at hand and on
+    (x_val, y_val), which must be no test images. Nothing is selected: the last weights count.
     """
     device = next(net.parameters()).device
     batches, begins_with = Batches(len(x), batch_size, seed), state_digest(net)
     net.requires_grad_(True)
 
     def loss_of(step, rng):
-        # paper silent: no augmentation, a constant learning rate, all layers and the batch statistics train
+        # paper silent: all layers and the batch statistics train
         rows = batches(step)
-        out = net((x[rows].float() / 255).to(device).contiguous(memory_format=torch.channels_last))
+        images = (x[rows].float() / 255).to(device)
+        if augment:
+            images = crop_and_flip(images, rng)
+        out = net(images.contiguous(memory_format=torch.channels_last))
         return F.cross_entropy(out, y[rows].to(device)), {}
 
     def measure():
         return {"train": accuracy(net, x[:len(x_val)].float().to(device) / 255, y[:len(x_val)]),
                 "validation": accuracy(net, x_val.float().to(device) / 255, y_val)}
 
-    rows = fit(net, loss_of, n_steps=round(epochs * batches.per_epoch), lr=lr, folder=folder, optimizer="adam", schedule=constant,
-               log_every=batches.per_epoch, save_every=batches.per_epoch, measure=measure, seed=seed, title="fine-tune",
-               data=[hashlib.blake2b(x.numpy().tobytes() + y.numpy().tobytes(), digest_size=8).hexdigest(), begins_with])
+    rows = fit(net, loss_of, n_steps=round(epochs * batches.per_epoch), lr=lr, folder=folder, optimizer="adam",
+               schedule=SCHEDULES[schedule], log_every=batches.per_epoch, save_every=batches.per_epoch, measure=measure, seed=seed,
+               title="fine-tune",
+               data=[hashlib.blake2b(x.numpy().tobytes() + y.numpy().tobytes(), digest_size=8).hexdigest(), begins_with, augment])
     net.requires_grad_(False)
     return [{"epoch": row["step"] / batches.per_epoch, **row} for row in rows]
 
@@ -349,12 +354,13 @@ def train_vae(vae, images, folder, *, epochs, batch_size=16, lr=3e-3, kl=1e-8, f
     return rows
 
 
-def train_diffusion(purifier, images, captions, folder, *, epochs, batch_size=64, lr=1e-3, drop=0.1, t_used=600,
-                    mistaken=None, mistakes=0.0, flip=False, bf16=False, seed=0):
+def train_diffusion(purifier, images, captions, folder, *, epochs, batch_size=64, lr=1e-3, drop=0.1,
+                    times=((5, 0, 600), (1, 0, 1000)), mistaken=None, mistakes=0.0, flip=False, bf16=False, seed=0):
     """Teach the UNet and its text encoder to denoise the latents of captioned images: what the scheduler's configuration
     calls `prediction_type`, the noise ("epsilon") or the latent itself ("sample").
 
-    `drop` of the captions are empty, for guidance; five draws in six have a time below `t_used`, where purification is.
+    `drop` of the captions are empty, for guidance. times: (weight, from, below) of the intervals that the diffusion times are
+    drawn from, evenly in each: most should be where purification is.
     `mistakes` of the rest are the image's `mistaken` caption, that of another class: a captioner errs too, and a model that
     never saw it err could believe every word against what it sees.
     """
@@ -364,7 +370,8 @@ def train_diffusion(purifier, images, captions, folder, *, epochs, batch_size=64
         raise ValueError(f"mistaken: got {len(mistaken or ())} captions for {n_images} images, expected one each")
     tokens = purifier.tokenizer([*captions, *(mistaken or ()), ""], padding="max_length", max_length=length, truncation=True,
                                 return_tensors="pt").input_ids.to(device)
-    steps = purifier.scheduler.config.num_train_timesteps
+    weight, lowest, below = (torch.tensor(column, dtype=torch.float32) for column in zip(*times))
+    last_draw = weight.cumsum(0) / weight.sum()                  # of each interval
     batches, pixels = Batches(n_images, batch_size, seed), images.pixels.to(device)
     for part in (unet, purifier.text_encoder):
         part.requires_grad_(True).train()
@@ -382,7 +389,9 @@ def train_diffusion(purifier, images, captions, folder, *, epochs, batch_size=64
             z = z + posterior.std * normal(z.shape, rng, device)
         z = z * vae.config.scaling_factor
         noise = normal(z.shape, rng, device)
-        t = (share() * torch.where(share() < 5 / 6, t_used, steps)).long()
+        place, draw = torch.rand(2, len(rows), generator=rng)
+        interval = torch.searchsorted(last_draw[:-1], draw, right=True)
+        t = (lowest[interval] + place * (below - lowest)[interval]).long().to(device)
         words = torch.where(share(1) < drop, tokens[-1:], tokens[rows])
         if mistakes:
             words = torch.where((share(1) < mistakes) & (words != tokens[-1:]).any(1, keepdim=True), tokens[n_images + rows], words)
@@ -392,6 +401,7 @@ def train_diffusion(purifier, images, captions, folder, *, epochs, batch_size=64
 
     rows = fit(nn.ModuleList([unet, purifier.text_encoder]), loss_of, n_steps=round(epochs * batches.per_epoch), lr=lr, folder=folder,
                weight_decay=0.01, warmup=0.05, clip=1.0, ema=0.999, bf16=bf16, seed=seed,
-               data=[images.source, batch_size, drop, t_used, mistakes, flip, purifier.vae_sample, state_digest(vae)])
+               data=[images.source, batch_size, drop, [list(interval) for interval in times], mistakes, flip, purifier.vae_sample,
+                     state_digest(vae)])
     purifier.requires_grad_(False).eval()
     return rows

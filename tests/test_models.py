@@ -411,7 +411,7 @@ def test_a_fine_tuned_classifier_is_refused_where_it_was_tuned_otherwise(profile
     loaded = models.load_finetuned(own)
     assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(
         *(d.classifier.state_dict().values() for d in (tuned, again, loaded))))
-    for other in ({"finetune_epochs": 2}, {"strength": 0.2}, {"n_finetune": 5}):
+    for other in ({"finetune_epochs": 2}, {"finetune_augment": True}, {"finetune_schedule": "steps"}, {"strength": 0.2}, {"n_finetune": 5}):
         with pytest.raises(ValueError, match=f"was fine-tuned with other settings .*{next(iter(other))}: there .*, here"):
             models.load_finetuned(dataclasses.replace(own, **other))
     from safetensors.torch import load_file, save_file

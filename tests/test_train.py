@@ -13,6 +13,7 @@ from torch import nn
 from lgap_utils import models, train
 from lgap_utils.data import CIFAR100_CLASSES, Images
 from lgap_utils.keyed import generator
+from lgap_utils.profiles import get_profile
 
 
 def linear():
@@ -334,6 +335,27 @@ def test_fine_tuning_learns_and_reports_each_epoch(net, images, tmp_path):
     assert {0, 1, 2, 11} <= {int(row["epoch"]) for row in rows}
 
 
+@pytest.mark.parametrize("augment", [False, True])
+def test_fine_tuning_sees_crops_and_mirrored_images_where_asked(net, images, tmp_path, augment):
+    """What the network is shown is what crop_and_flip makes of the images, or the images."""
+    one, seen = images[:1], []
+    hook = net.register_forward_pre_hook(lambda module, args: seen.append(args[0]) if module.training else None)
+    train.finetune(net, one.pixels, one.labels, tmp_path, epochs=6, batch_size=1, augment=augment, x_val=one.pixels, y_val=one.labels)
+    hook.remove()
+    expected = [train.crop_and_flip(one.x, generator(0, step, "train")) if augment else one.x for step in range(6)]
+    assert len(seen) == 6 and all(torch.equal(a, b) for a, b in zip(seen, expected))
+    how = {"epochs": 6, "batch_size": 1, "augment": not augment}
+    with pytest.raises(ValueError, match="another run"):
+        train.finetune(net, one.pixels, one.labels, tmp_path, x_val=one.pixels, y_val=one.labels, **how)
+
+
+@pytest.mark.parametrize("schedule", train.SCHEDULES)
+def test_fine_tuning_follows_the_schedule_of_its_name(net, images, tmp_path, schedule):
+    rows = train.finetune(net, images.pixels, images.labels, tmp_path, epochs=10, lr=0.01, batch_size=8, schedule=schedule,
+                          x_val=images.pixels, y_val=images.labels)
+    assert [row["lr"] for row in rows] == [0.01 * train.SCHEDULES[schedule](step, 10, 0.1) for step in range(10)]
+
+
 def test_fine_tuning_on_other_images_does_not_take_the_old_result(net, images, tmp_path):
     how = {"epochs": 1, "batch_size": 4, "x_val": images.pixels[:2], "y_val": images.labels[:2]}
     train.finetune(net, images.pixels, images.labels, tmp_path, **how)
@@ -412,6 +434,31 @@ def test_some_captions_are_dropped_and_some_mistaken(purifier, images, tmp_path,
 def test_mistaken_captions_are_one_for_each_image(purifier, images, tmp_path):
     with pytest.raises(ValueError, match="mistaken: got 3 captions for 8 images, expected one each"):
         train.train_diffusion(copy.deepcopy(purifier), images, images.captions, tmp_path, epochs=1, mistaken=["a ring"] * 3, mistakes=0.1)
+
+
+def test_diffusion_times_are_drawn_from_the_intervals_asked_for(purifier, images, tmp_path, monkeypatch):
+    """In their shares and evenly in each; beside one of weight 0 and one that only another holds."""
+    p, seen = copy.deepcopy(purifier), []
+    add = p.scheduler.add_noise
+    monkeypatch.setattr(p.scheduler, "add_noise", lambda z, noise, t: seen.extend(t.tolist()) or add(z, noise, t))
+    times = ((10, 401, 551), (0, 700, 800), (5, 0, 100), (1, 1000 - 1, 1000))
+    train.train_diffusion(p, images, images.captions, tmp_path, epochs=60, batch_size=8, times=times)
+    found = {(low, below): [t for t in seen if low <= t < below] for _, low, below in times}
+    assert len(seen) == 480 == sum(len(inside) for inside in found.values())
+    for weight, low, below in times:
+        inside = torch.tensor(found[low, below], dtype=torch.float32)
+        assert abs(len(inside) / 480 - weight / 16) < 0.08, (low, below)
+        if len(inside) > 99:
+            assert abs(inside.mean() - (low + below - 1) / 2) < 0.1 * (below - low) and inside.max() > below - 8 and inside.min() < low + 8
+
+
+@pytest.mark.parametrize("name", ["toy", "small", "paper"])
+def test_a_diffusion_model_is_made_with_the_settings_of_its_profile(make, name):
+    """Of all that bear on purification: a strength of 1 fits two coarse steps and not fifty."""
+    p = get_profile(name)
+    vae = make.new_vae(p, channels=(8, 16), latent_channels=4)
+    purifier = make.new_diffusion(vae, ["a ring"], p, "cpu", channels=(16, 32), text_width=16)
+    assert all(purifier.settings()[setting] == getattr(p, setting) for setting in purifier.SETTINGS)
 
 
 def test_noise_depends_on_the_generator_alone():
