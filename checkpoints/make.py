@@ -57,6 +57,12 @@ RECIPES = {
 }
 
 
+def captions_of(images):
+    """The captions that the models are trained with: those that come with the images, else the class and the colours that are there."""
+    return images.captions or [pixel_caption(p, images.classes[y], i) for p, y, i in
+                               zip(images.pixels, images.labels.tolist(), images.indices.tolist())]
+
+
 def words_of(captions, prompt):
     """Every word of the prompt and the captions, the most frequent first."""
     return [w for w, _ in Counter(" ".join([prompt, *captions]).split()).most_common()]
@@ -211,17 +217,18 @@ def measured(profile, device, split="test"):
     x_adv = attacks.in_batches(lambda x, y, keys: attacks.pgd(
         attacks.blind(defense), x.to(device), y, eps=profile.eps, step_size=profile.step_size, n_steps=profile.n_steps,
         keys=keys), test.x, y, keys).cpu()
-    rows, psnr = {}, None
+    rows, psnr, true = {}, None, captions_of(test)
     for case, x in (("clean", test.x), ("attacked", x_adv)):
         found = {"classifier right, undefended": [], "classifier right, VAE round trip only": [],
-                 "classifier right, LGAP": [], "caption names the class": []}
+                 "classifier right, LGAP": [], "classifier right, LGAP told the true class": [], "caption names the class": []}
         for part in torch.arange(len(x)).split(profile.batch_size):
             batch, label = x[part].to(device), y[part].to(device)
             with torch.no_grad():
                 posterior = Keys(test.indices[part], profile.seed)
                 trip = defense.purifier.decode(defense.purifier.encode(batch, posterior))
                 captions = defense.caption(batch)
-                seen = (batch, trip, defense.purify(batch, captions, posterior))
+                seen = (batch, trip, defense.purify(batch, captions, posterior),
+                        defense.purify(batch, [true[i] for i in part.tolist()], posterior))
                 for name, images in zip(found, seen):
                     found[name] += (defense.classify(images).argmax(1) == label).tolist()
             found["caption names the class"] += [names_class(c, test.classes[k]) for c, k in zip(captions, label.tolist())]
@@ -244,8 +251,7 @@ def make_trio(name, parts, device):
     if parts == ["measure"]:
         return (out / "measured.md").write_text(measured(profile, device))
     images = load_images(profile.dataset, "train", recipe["n"])
-    captions = images.captions or [pixel_caption(p, images.classes[y], i) for p, y, i in
-                                   zip(images.pixels, images.labels.tolist(), images.indices.tolist())]
+    captions = captions_of(images)
     for part in [part for part in PARTS if part in parts]:
         torch.manual_seed(0)                                            # the initial weights
         flip = {} if part == "classifier" else {"flip": recipe["flip"]}

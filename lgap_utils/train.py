@@ -370,6 +370,9 @@ def train_diffusion(purifier, images, captions, folder, *, epochs, batch_size=64
         raise ValueError(f"mistaken: got {len(mistaken or ())} captions for {n_images} images, expected one each")
     tokens = purifier.tokenizer([*captions, *(mistaken or ()), ""], padding="max_length", max_length=length, truncation=True,
                                 return_tensors="pt").input_ids.to(device)
+    steps = purifier.scheduler.config.num_train_timesteps
+    if any(weight < 0 or not 0 <= low < below <= steps for weight, low, below in times) or sum(weight for weight, *_ in times) <= 0:
+        raise ValueError(f"times={times}: expected (weight, from, below) of intervals in 0 to {steps}, some weight above 0")
     weight, lowest, below = (torch.tensor(column, dtype=torch.float32) for column in zip(*times))
     last_draw = weight.cumsum(0) / weight.sum()                  # of each interval
     batches, pixels = Batches(n_images, batch_size, seed), images.pixels.to(device)

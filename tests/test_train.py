@@ -322,7 +322,7 @@ def test_the_command_line_refuses_what_a_profile_has_not(make, monkeypatch, caps
 
 def test_what_models_are_worth_is_counted_on_the_images_asked_for(make, profile):
     text = make.measured(dataclasses.replace(profile, n_images=4, n_steps=1, num_inference_steps=10), "cpu", "validation")
-    assert "validation images, the first 4;" in text and len([line for line in text.splitlines() if line.endswith("|   4 |")]) == 8
+    assert "validation images, the first 4;" in text and len([line for line in text.splitlines() if line.endswith("|   4 |")]) == 10
 
 
 def test_fine_tuning_learns_and_reports_each_epoch(net, images, tmp_path):
@@ -450,6 +450,12 @@ def test_diffusion_times_are_drawn_from_the_intervals_asked_for(purifier, images
         assert abs(len(inside) / 480 - weight / 16) < 0.08, (low, below)
         if len(inside) > 99:
             assert abs(inside.mean() - (low + below - 1) / 2) < 0.1 * (below - low) and inside.max() > below - 8 and inside.min() < low + 8
+
+
+@pytest.mark.parametrize("times", [(), ((0, 0, 600),), ((-1, 0, 600), (2, 0, 600)), ((1, 600, 600),), ((1, 0, 1001),), ((1, -1, 600),)])
+def test_times_that_are_none_are_refused(purifier, images, tmp_path, times):
+    with pytest.raises(ValueError, match="expected .weight, from, below. of intervals in 0 to 1000, some weight above 0"):
+        train.train_diffusion(copy.deepcopy(purifier), images, images.captions, tmp_path, epochs=1, times=times)
 
 
 @pytest.mark.parametrize("name", ["toy", "small", "paper"])
