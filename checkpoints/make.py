@@ -190,8 +190,7 @@ def make_diffusion(profile, images, captions, work, out, device, channels, text_
                                         local_files_only=True)
     purifier = new_diffusion(vae, captions, profile, device, channels=channels, text_width=text_width)
     compiled(purifier.unet, vae.encoder, device=device)
-    if purifier.device.type == "cpu":
-        # the fused attention's backward pass in bf16 takes 20 times as long there
+    if how.get("bf16") and purifier.device.type == "cpu":        # the fused attention's backward pass in bf16 is slow there
         purifier.unet.set_attn_processor(AttnProcessor())
     n = len(images.classes)
     mistaken = [pixel_caption(p, images.classes[(y + 1 + i // 4 % (n - 1)) % n], i) for p, y, i in

@@ -412,9 +412,9 @@ def finetune(profile, defense):
 
 def _finetuning(profile, defense):
     """What a fine-tuned classifier depends on."""
-    numbers = ("n_finetune", "finetune_epochs", "finetune_lr", "finetune_batch", "finetune_schedule", "finetune_augment")
+    how = {name: value for name, value in dataclasses.asdict(profile).items() if "finetune" in name}
     parts = {part: identity(getattr(defense, part))["is"] for part in ("captioner", "purifier")}
-    return json.loads(json.dumps({name: getattr(profile, name) for name in numbers} | parts | {"weights": weights(profile)}))
+    return json.loads(json.dumps(how | parts | {"weights": weights(profile)}))
 
 
 def load_finetuned(profile):

@@ -95,7 +95,7 @@ class Profile:
     finetune_lr: float = 1e-3
     finetune_epochs: int = 15
     finetune_batch: int = 128           # paper silent
-    finetune_schedule: str = "constant" # paper silent: of the learning rate; "one_cycle" goes up and down again, "steps" down
+    finetune_schedule: str = "constant"  # paper silent: of the learning rate; "one_cycle" goes up and down again, "steps" down
     finetune_augment: bool = False      # paper silent: random crops, half of them mirrored; the authors' code has none
     n_finetune: int = 49_000            # training images that are purified; paper silent: taken to be all, less 1,000 for the curve
 

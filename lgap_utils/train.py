@@ -373,8 +373,7 @@ def train_diffusion(purifier, images, captions, folder, *, epochs, batch_size=64
     steps = purifier.scheduler.config.num_train_timesteps
     if any(weight < 0 or not 0 <= low < below <= steps for weight, low, below in times) or sum(weight for weight, *_ in times) <= 0:
         raise ValueError(f"times={times}: expected (weight, from, below) of intervals in 0 to {steps}, some weight above 0")
-    weight, lowest, below = (torch.tensor(column, dtype=torch.float32) for column in zip(*times))
-    last_draw = weight.cumsum(0) / weight.sum()                  # of each interval
+    weights, lowest, below = (torch.tensor(column, dtype=torch.float32) for column in zip(*times))
     batches, pixels = Batches(n_images, batch_size, seed), images.pixels.to(device)
     for part in (unet, purifier.text_encoder):
         part.requires_grad_(True).train()
@@ -392,9 +391,8 @@ def train_diffusion(purifier, images, captions, folder, *, epochs, batch_size=64
             z = z + posterior.std * normal(z.shape, rng, device)
         z = z * vae.config.scaling_factor
         noise = normal(z.shape, rng, device)
-        place, draw = torch.rand(2, len(rows), generator=rng)
-        interval = torch.searchsorted(last_draw[:-1], draw, right=True)
-        t = (lowest[interval] + place * (below - lowest)[interval]).long().to(device)
+        interval = torch.multinomial(weights, len(rows), replacement=True, generator=rng)
+        t = (lowest[interval] + torch.rand(len(rows), generator=rng) * (below - lowest)[interval]).long().to(device)
         words = torch.where(share(1) < drop, tokens[-1:], tokens[rows])
         if mistakes:
             words = torch.where((share(1) < mistakes) & (words != tokens[-1:]).any(1, keepdim=True), tokens[n_images + rows], words)
