@@ -166,30 +166,6 @@ def crop_and_flip(x, rng, pad=4, padding="reflect"):
     return x[image, :, top, left].permute(0, 3, 1, 2).contiguous()
 
 
-def warp(x, rng, turn=15, zoom=0.25, shift=0.125):
-    """Turn each image by up to `turn` degrees, show 1 - zoom to 1 + zoom of its extent, shift it by up to `shift` of that, mirror half."""
-    u = 2 * torch.rand(len(x), 5, generator=rng) - 1
-    angle, scale, mirror, to = math.radians(turn) * u[:, 0], 1 + zoom * u[:, 1], u[:, 2].sign(), 2 * shift * u[:, 3:]
-    cos, sin = scale * angle.cos(), scale * angle.sin()
-    theta = torch.stack([mirror * cos, -sin, to[:, 0], mirror * sin, cos, to[:, 1]], 1).view(-1, 2, 3).to(x.device)
-    return F.grid_sample(x, F.affine_grid(theta, list(x.shape), align_corners=False), padding_mode="reflection", align_corners=False)
-
-
-def paste(x, rng, chance=0.5):
-    """Paste into each image, by this chance, a rectangle of the image before it in the batch, as CutMix does.
-
-    The rectangle's share of the area is even in [0, 1]. Returns the images and the share that was pasted: float [n].
-    """
-    n, _, h, w = x.shape
-    side = torch.rand(n, 1, generator=rng).sqrt() * (torch.rand(n, 1, generator=rng) < chance)
-    inside = []
-    for size in (h, w):
-        start, at = torch.rand(n, 1, generator=rng) * (1 - side), (torch.arange(size) + 0.5) / size
-        inside.append((start <= at) & (at < start + side))
-    pasted = inside[0][:, :, None] & inside[1][:, None]
-    return torch.where(pasted[:, None].to(x.device), x.roll(1, 0), x), pasted.float().mean((1, 2))
-
-
 def normal(shape, rng, device):
     """Standard normal numbers on `device` that depend on `rng` alone. A GPU draws its own: the CPU's would take longer than the step."""
     if torch.device(device).type != "cpu":
@@ -277,8 +253,7 @@ def feature_maps(net, x):
     return net.relu(net.bn1(net.block3(net.block2(net.block1(net.conv1(x))))))
 
 
-def train_captioner(captioner, images, captions, folder, *, teacher, epochs, batch_size=64, lr=1e-3, flip=False, warped=0.0, mixed=0.0,
-                    bf16=False, seed=0):
+def train_captioner(captioner, images, captions, folder, *, teacher, epochs, batch_size=64, lr=1e-3, flip=False, bf16=False, seed=0):
     """Teach BLIP the captions (cross-entropy on the next word), on clean, noisy and blurred images alike.
 
     Half of the images get Gaussian noise of up to 0.1, a quarter a blur: a captioner should be no easier to upset than
@@ -286,10 +261,6 @@ def train_captioner(captioner, images, captions, folder, *, teacher, epochs, bat
     through a linear read-out that is thrown away, for the `teacher` WideResNet's features at its place in the clean
     image, and the image token for the class. The patch grid must be that of the feature maps: patches of 4 pixels, of
     images of the size that the captioner takes.
-
-    warped: the share of images that are turned, zoomed and shifted. mixed: the share that get a rectangle of another image
-    pasted in; caption and class are then those of either, by their shares of the area, and the features those of the mixture.
-    A few million parameters learn fifty thousand images by heart; they do not learn such ones.
     """
     blip, tokenizer = captioner.model.requires_grad_(True), captioner.processor.tokenizer
     device = next(blip.parameters()).device
@@ -308,11 +279,6 @@ def train_captioner(captioner, images, captions, folder, *, teacher, epochs, bat
         n = len(x)
         if flip:
             x = crop_and_flip(x, rng, pad=3)
-        if warped:
-            x = torch.where(torch.rand(n, 1, 1, 1, generator=rng).to(device) < warped, warp(x, rng), x)
-        if mixed:
-            x, share = paste(x, rng, mixed)
-            rows = torch.where((torch.rand(n, generator=rng) < share).to(device), rows.roll(1), rows)
         with torch.no_grad():
             features = feature_maps(teacher, x.contiguous(memory_format=torch.channels_last))
             features = F.layer_norm(features.flatten(2).transpose(1, 2), (n_features,))
@@ -331,7 +297,7 @@ def train_captioner(captioner, images, captions, folder, *, teacher, epochs, bat
 
     return fit(nn.ModuleList([blip, readout]), loss_of, n_steps=round(epochs * batches.per_epoch), lr=lr, folder=folder,
                weight_decay=0.05, warmup=0.1, clip=1.0, bf16=bf16, seed=seed,
-               data=[images.source, batch_size, flip, warped, mixed, state_digest(teacher)])
+               data=[images.source, batch_size, flip, state_digest(teacher)])
 
 
 # ---------------------------------------------------------------- the diffusion model

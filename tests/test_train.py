@@ -210,40 +210,6 @@ def test_a_crop_is_a_window_of_the_padded_image(padding):
     assert len(found) > 15
 
 
-@pytest.mark.parametrize("turn, zoom", [(30, 0.0), (0, 0.25), (15, 0.25)])
-def test_a_warp_is_the_affine_map_of_torchvision(turn, zoom):
-    """Inside of a disk that no border reaches; the angle and the zoom are those that the same generator draws."""
-    from torchvision.transforms.functional import affine
-    rows, columns = torch.meshgrid(torch.arange(32.0), torch.arange(32.0), indexing="ij")
-    x = torch.stack([(rows / 5).sin(), (columns / 7).cos(), rows * columns / 1000]).expand(8, -1, -1, -1)
-    u = 2 * torch.rand(8, 5, generator=generator("warp")) - 1
-    inside = (rows - 15.5) ** 2 + (columns - 15.5) ** 2 < 8 ** 2
-    for image, (angle, scale, mirror, *_), warped in zip(x, u, train.warp(x, generator("warp"), turn, zoom, shift=0)):
-        expected = affine(image, -turn * angle.item(), [0, 0], 1 / (1 + zoom * scale.item()), 0, interpolation=2)   # 2: bilinear
-        expected = expected.flip(2) if mirror < 0 else expected
-        assert torch.allclose(warped[:, inside], expected[:, inside], atol=1e-4)
-
-
-def test_a_warp_shifts_as_far_as_it_says():
-    x = torch.zeros(64, 1, 32, 32)
-    x[:, :, 16, 16] = 1
-    places = train.warp(x, generator(3), turn=0, zoom=0, shift=0.125)[:, 0].flatten(1).argmax(1)
-    rows, columns = places // 32 - 16, places % 32 - 16
-    assert rows.min() == -4 and rows.max() == 4 and columns.min() >= -5 and columns.max() == 4
-
-
-def test_a_pasted_rectangle_is_of_the_image_before_and_as_large_as_said():
-    x = torch.arange(400.0).view(-1, 1, 1, 1).expand(-1, 3, 16, 16)
-    mixed, share = train.paste(x, generator("paste"), chance=0.5)
-    before = (torch.arange(400) - 1) % 400
-    foreign = mixed == before.view(-1, 1, 1, 1)
-    assert (foreign | (mixed == x)).all() and torch.allclose(foreign.float().mean((1, 2, 3)), share)
-    for mask in foreign[:, 0]:                                             # the rows and the columns that it crosses make it whole
-        assert mask.sum() == mask.any(0).sum() * mask.any(1).sum()
-    assert 160 < (share > 0).sum() < 240 and 0.4 < share[share > 0].mean() < 0.6 and share.max() > 0.9
-    assert torch.equal(train.paste(x, generator(1), chance=0)[0], x)
-
-
 # ---------------------------------------------------------------- the models
 
 @pytest.fixture
@@ -418,22 +384,6 @@ def test_a_captioner_learns_two_sentences_by_heart(make, profile, defense, image
     for ids, mask, labels in zip(*(fed[0][name] for name in ("input_ids", "attention_mask", "labels"))):
         assert ids[0] == begin and ids[mask.sum() - 1] == end
         assert torch.equal(labels[mask == 1], ids[mask == 1]) and (labels[mask == 0] == -100).all()
-
-
-@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
-def test_a_mixed_image_has_the_caption_of_either_by_their_shares(make, profile, defense, images, tmp_path, monkeypatch, share):
-    sentences, fed = [f"image number {'abcdefgh'[i]}" for i in range(8)], []
-    captioner = make.new_captioner(sentences, profile, "cpu", width=32, layers=1, text_layers=1)
-    captioner.model.register_forward_pre_hook(lambda _, args, words: fed.append(words["input_ids"]), with_kwargs=True)
-    monkeypatch.setattr(train, "paste", lambda x, rng, chance: (x, torch.full((len(x),), share)))
-    train.train_captioner(captioner, images[:8], sentences, tmp_path, teacher=defense.classifier, epochs=20, batch_size=8, mixed=0.5)
-    text = captioner.processor.tokenizer([f"{captioner.prompt} {c}" for c in sentences], return_tensors="pt").input_ids
-    batches, other = train.Batches(8, 8, 0), 0
-    for step, ids in enumerate(fed):
-        own = (ids[:, 1:] == text[batches(step), 1:]).all(1)
-        assert (own | (ids[:, 1:] == text[batches(step).roll(1), 1:]).all(1)).all()
-        other += (~own).sum().item()
-    assert len(fed) == 20 and abs(other / 160 - share) < 0.1
 
 
 def test_the_vae_scales_its_latents_to_unit_variance(make, profile, tmp_path):
