@@ -263,12 +263,14 @@ def make_trio(name, parts, device):
         (out / "measured.md").write_text(measured(profile, device))
 
 
-def make_paper(device, out=None, work=HERE / "work" / "paper", n=None, epochs=None, **sizes):
+def make_paper(device, out=None, n=None, epochs=None, **sizes):
     """The WideResNet that Table 2 needs, into `out`, from the first n training images (None: all).
 
-    epochs and sizes (depth, widen_factor) replace those of the recipe.
+    epochs and sizes (depth, widen_factor) replace those of the recipe. The state lies in checkpoints/work/paper, that of a trial with
+    an `out` of its own beside that.
     """
     profile, recipe = get_profile("paper", table=2), RECIPES["paper"]
+    work = Path(f"{out}.work") if out else HERE / "work" / "paper"
     out = Path(out or HERE.parent / profile.classifier)
     images, validation = load_images(profile.dataset, "train", n), load_images(profile.dataset, "validation")
     config = recipe["network"] | {"num_classes": len(images.classes)} | sizes

@@ -75,7 +75,7 @@ def main(argv=None):
         parser.error(str(error))
     try:
         checks = doctor.examine(args.profile, args.deep, **settings)
-    except CheckpointError as error:    # of the lock file itself
+    except (CheckpointError, ValueError) as error:    # of the lock file itself, or of a field that one table's settings do not go with
         sys.exit(str(error))
     show(checks, shutil.get_terminal_size((140, 24)).columns)
     show_costs(args.profile, settings)

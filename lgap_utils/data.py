@@ -94,11 +94,12 @@ def load_images(dataset, split, n=None, start=0, crop=None):
     """Rows start .. start + n - 1 of a split ("train", "validation" or "test") of "toy", "cifar10", "cifar100" or "imagenet".
 
     n None means all of a finite data set. A CIFAR's validation part is every 50th row of the train split, and is left out of "train".
-    ImageNet has only "test": rows of the list paper/imagenet_2048.txt where LGAP_DATA/imagenet/val holds all of these (or the hub is
-    reached), else of all images below it, sorted by relative path; `source` says which. Its pixels are resized to a short side of 256
-    and cropped to 224 x 224, as RobustBench does; with `crop`, the middle of so many pixels of the image as it is, as RobustBench's
-    Crop288 (black where the image is smaller); its class names are comma-separated alternatives ("great white shark, white shark").
-    Raises ValueError for unknown names, for rows that do not exist and for files of another kind, FileNotFoundError for missing data.
+    ImageNet has only "test": rows of the list paper/imagenet_2048.txt, or, where LGAP_DATA/imagenet/val holds none of these, of all
+    images below it, sorted by relative path; `source` says which. Its pixels are resized to a short side of 256 and cropped to
+    224 x 224, as RobustBench does; with `crop`, the middle of so many pixels of the image as it is, as RobustBench's Crop288 (black
+    where the image is smaller); its class names are comma-separated alternatives ("great white shark, white shark").
+    Raises ValueError for unknown names, for rows that do not exist, for files of another kind and for half of that list,
+    FileNotFoundError for missing data.
     """
     readers = {name: functools.partial(_cifar, name) for name in CIFARS}
     readers |= {"toy": _toy, "imagenet": functools.partial(_imagenet, crop=crop)}
@@ -114,8 +115,11 @@ def load_images(dataset, split, n=None, start=0, crop=None):
 
 
 def at_hand(dataset):
-    """Whether a data set's folder lies below LGAP_DATA, so that nothing would be fetched."""
-    return dataset == "toy" or (data_root() / dataset).is_dir()
+    """Whether a data set's test images lie below LGAP_DATA, where `load_images` looks, so that nothing would be fetched."""
+    root = data_root() / dataset
+    if dataset == "imagenet":
+        return (root / "val").is_dir() or all((root / shard).is_file() for shard in IMAGENET_SHARDS)
+    return dataset == "toy" or (root / CIFARS[dataset].file.format("test")).is_file()
 
 
 def classes_of(dataset):
@@ -193,8 +197,12 @@ def _imagenet(split, n, start, crop=None):
     source = f"the {len(names)} images of paper/{IMAGENET_IDS.name}"
     if folder.is_dir():
         there = _imagenet_folder(folder, labels)
-        if missing := len(set(names).difference(there)):
-            source = f"all {len(there)} images in imagenet/val by path, for {missing} of paper/{IMAGENET_IDS.name} are missing"
+        missing = sorted(set(names).difference(there))
+        if 0 < len(missing) < len(names):
+            raise ValueError(f"{folder}: {len(missing)} of the {len(names)} images of paper/{IMAGENET_IDS.name} are missing, e.g. "
+                             f"{missing[0]}; copy them, or leave none of the list there, and all images by path are taken")
+        if missing:
+            source = f"all {len(there)} images in imagenet/val by path, for none of paper/{IMAGENET_IDS.name} is there"
             names = there
         if n is None and len(names) > IMAGENET_MOST:
             raise ValueError(f"{folder} holds {len(names)} images, too many at once; say how many, n=...")

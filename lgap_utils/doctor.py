@@ -325,7 +325,8 @@ class Tally:
 
     def shown(self, dataset):
         """Six images, if their data set is in a folder."""
-        return self.both(6) if (data_root() / dataset).is_dir() else Counter()
+        from .data import at_hand
+        return self.both(6) if at_hand(dataset) else Counter()
 
 
 # {notebook: (the paper's table whose settings it has, what it asks for)}; p is its profile, t the Tally
@@ -396,14 +397,15 @@ def price(p):
     here = {"device": device_name(device), "dtype": p.dtype, "size": str(p.size)}
     here |= {} if device == "cuda" else {"threads": str(torch.get_num_threads())}
     table = ROOT / "paper" / "speed.csv"
-    rows = list(csv.DictReader(table.open(newline=""))) if table.exists() and p.same_models else []
+    true_size = {p.captioner, p.diffusion} <= set(REVISIONS)
+    rows = list(csv.DictReader(table.open(newline=""))) if table.exists() and true_size else []
     rows = [row for row in rows if all(row[name] == value for name, value in here.items())]
     # of several, the one of the strength at hand, and of these the fastest
     rank = lambda row: (float(row["strength"]) != p.strength, float(row["seconds_per_image"]))
     plain, averaged = (min((row for row in rows if row["what"].startswith(what)), key=rank, default=None) for what in ("purif", "BPDA"))
     if plain is None:
         bench = f": python tools/bench.py --sizes {p.size} --strength {p.strength} --dtype {p.dtype}"
-        return None, None, "not measured on this device" + bench * p.same_models
+        return None, None, "not measured on this device" + bench * true_size
     each, caption = float(plain["seconds_per_image"]), 0
     if averaged and averaged["strength"] == plain["strength"] and int(averaged["n_eot"]) > 1:       # its draws share a caption
         caption = max(0, (each - float(averaged["seconds_per_image"])) / (1 - 1 / int(averaged["n_eot"])))

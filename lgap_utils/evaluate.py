@@ -114,6 +114,20 @@ def method_version():
     return hashlib.blake2b("".join(code).encode(), digest_size=6).hexdigest()
 
 
+def image_digests(pixels):
+    """A short digest of each image: a row is tied to the pixels that it was computed from."""
+    return [hashlib.blake2b(image.tobytes(), digest_size=8).hexdigest() for image in pixels.numpy()]
+
+
+def check_images_of(table, digests, folder):
+    """ValueError if a row of the table belongs to another image than digests, {index: digest}, has at hand."""
+    known = table[table["index"].isin(list(digests))]
+    image = known.get("image", pd.Series("", known.index))              # no row, or rows that do not say
+    if (other := image != known["index"].map(digests)).any():
+        raise ValueError(f"{folder}: image {known['index'][other].iloc[0]} is not the one at hand, so these are rows of other "
+                         "images; move or delete the folder, or set LGAP_OUTPUTS to another one")
+
+
 def state_digest(module):
     """Short digest of a module's parameters and buffers, so that a fine-tuned classifier is not taken for its start."""
     digest = hashlib.blake2b(digest_size=8)
@@ -147,8 +161,7 @@ class Evaluation:
         self.n_draws, self.seed, self.room = n_draws, seed, Room(batch_size, self.device)
         parts = {name: {part: identity(getattr(d, part)) for part in ("captioner", "purifier", "classifier")} | {"input_size": d.input_size}
                  for name, d in self.defenses.items()}
-        self.pixels = {int(i): hashlib.blake2b(image.tobytes(), digest_size=8).hexdigest()
-                       for i, image in zip(images.indices, images.pixels.numpy())}
+        self.pixels = dict(zip(images.indices.tolist(), image_digests(images.pixels)))
         self.config = {**config, "target": next(iter(parts)), "defences": parts, "n_draws": n_draws, "seed": seed,
                        "method": method_version()}
 
@@ -168,7 +181,9 @@ class Evaluation:
         natural = None if attack == NATURAL else self.run(NATURAL, wanted)
         rows = Rows(self.folder / re.sub(r"[^a-z0-9]+", "-", attack.name.lower()).strip("-"),
                     {**self.config, "attack": attack.settings()}, ("index", "defence", "draw"))
-        done = set(rows.read()["index"])
+        before = rows.read()
+        check_images_of(before, self.pixels, rows.folder)
+        done = set(before["index"])
         todo = [i for i in wanted if i not in done]
         if attack.block > 1:
             todo = self._whole_blocks(attack.block, todo, places)
@@ -176,9 +191,6 @@ class Evaluation:
             self._compute(attack, [places[i] for i in todo], rows)
         table = rows.read()
         table = table[table["index"].isin(wanted)].reset_index(drop=True)
-        if (other := table["image"] != table["index"].map(self.pixels)).any():
-            raise ValueError(f"{rows.folder}: image {table['index'][other].iloc[0]} is not the one at hand, so these are rows of other "
-                             "images; move or delete the folder, or set LGAP_OUTPUTS to another one")
         if natural is not None:
             table = table.merge(natural[[*rows.key, "clean", "caption_clean"]], on=rows.key, validate="1:1")
         else:
@@ -281,17 +293,20 @@ def purify_rows(defense, images, folder, *, config, x=None, seed=0, batch_size=6
     """Caption, purify and classify: a DataFrame with a row per image, computed once and kept in `folder`.
 
     images: `data.Images`; x: what to purify in their place, e.g. adversarial versions [n, 3, h, w]. Columns: index,
-    label, caption, undefended and prediction (labels before and after purification), linf (how far x is from the image),
-    purified (uint8 pixels as bytes, [3, h, w]), seconds (per image).
+    image (a digest of what was purified), label, caption, undefended and prediction (labels before and after purification),
+    linf (how far x is from the image), purified (uint8 pixels as bytes, [3, h, w]), seconds (per image). Raises ValueError
+    where rows of the folder belong to other images.
     """
     clean = images.x
     x = clean if x is None else x
     check_images(x)
     if x.shape != clean.shape:
         raise ValueError(f"x: got shape {list(x.shape)} for images of shape {list(clean.shape)}")
-    rows = Rows(folder, config)
-    done = set(rows.read()["index"])
-    todo = [i for i, index in enumerate(images.indices.tolist()) if index not in done]
+    rows, digests = Rows(folder, config), dict(zip(images.indices.tolist(), image_digests(x)))
+    before = rows.read()
+    check_images_of(before, digests, folder)
+    done = set(before["index"])
+    todo = [i for i, index in enumerate(digests) if index not in done]
     device = next((p.device for p in defense.parameters()), torch.device("cpu"))
 
     @torch.no_grad()
@@ -303,8 +318,8 @@ def purify_rows(defense, images, folder, *, config, x=None, seed=0, batch_size=6
         before, after = (defense.classify(b).argmax(1).tolist() for b in (batch, purified))
         pixels = (purified.cpu() * 255).round().to(torch.uint8)
         each = (time.perf_counter() - began) / len(part)
-        rows.write([{"index": int(images.indices[i]), "label": int(images.labels[i]), "caption": captions[k],
-                     "undefended": before[k], "prediction": after[k], "linf": float((x[i] - clean[i]).abs().max()),
+        rows.write([{"index": int(images.indices[i]), "image": digests[int(images.indices[i])], "label": int(images.labels[i]),
+                     "caption": captions[k], "undefended": before[k], "prediction": after[k], "linf": float((x[i] - clean[i]).abs().max()),
                      "purified": pixels[k].numpy().tobytes(), "seconds": each} for k, i in enumerate(part)])
         bar.update(len(part))
 

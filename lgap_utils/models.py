@@ -32,6 +32,8 @@ def device_of(device=None):
         raise ValueError(f"device {name!r}: no such kind; expected cpu, cuda or cuda:0 (see LGAP_DEVICE)") from None
     if found.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {name!r}: torch finds no GPU here; unset LGAP_DEVICE, or set it to cpu")
+    if found.type not in ("cpu", "cuda") or (found.index or 0) >= max(1, torch.cuda.device_count()):
+        raise ValueError(f"device {name!r}: expected cpu or one of {torch.cuda.device_count()} GPUs (see LGAP_DEVICE)")
     return found
 
 
@@ -56,6 +58,14 @@ def _whole(loaded):
     if wrong := [f"{len(found)} {kind}, e.g. {found[0]}" for kind, found in keys.items() if found]:
         raise ValueError(f"the weights are not those of a {type(model).__name__} with this configuration: {'; '.join(wrong)}")
     return model
+
+
+def _with_words(tokenizer):
+    """The tokenizer. Without its files transformers makes one that knows only its special tokens: every caption would be the same."""
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
+        raise ValueError(f"its {type(tokenizer).__name__} knows no word: tokenizer.json (or vocab.json and merges.txt) is missing; "
+                         "copy the folder again")
+    return tokenizer
 
 
 def _folder(name, revision, patterns):
@@ -113,6 +123,7 @@ def load_captioner(name, revision=None, *, device=None, dtype="float32", **searc
         model = _whole(BlipForConditionalGeneration.from_pretrained(folder, dtype=getattr(torch, dtype), use_safetensors=True,
                                                                     output_loading_info=True, local_files_only=True))
         processor = BlipProcessor.from_pretrained(folder, local_files_only=True)
+        _with_words(processor.tokenizer)
     return Captioner(model, processor, **search).to(device_of(device))
 
 
@@ -165,7 +176,7 @@ def load_diffusion(name, revision=None, *, device=None, dtype="float32", variant
         vae = _whole(AutoencoderKL.from_pretrained(folder, subfolder="vae", **plain, **weights))
         unet = _whole(UNet2DConditionModel.from_pretrained(folder, subfolder="unet", **plain, **weights))
         text_encoder = _whole(CLIPTextModel.from_pretrained(folder, subfolder="text_encoder", dtype=getattr(torch, dtype), **weights))
-        tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer", local_files_only=True)
+        tokenizer = _with_words(CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer", local_files_only=True))
         scheduler = ddim(DDIMScheduler.load_config(folder, subfolder="scheduler", local_files_only=True))
     purifier = LatentPurifier(vae, unet, text_encoder, tokenizer, scheduler, **settings)
     return purifier.to(device_of(device), memory_format=torch.channels_last)

@@ -106,7 +106,7 @@ class Profile:
 
     # sizes
     n_images: int = 512                 # test images 0 .. n_images - 1
-    n_adaptive: int = 512               # of these, for attacks that ask the defence once a step, and for AutoAttack
+    n_adaptive: int = 512               # of these, for attacks that ask the defence once a step, and for AutoAttack in Table 4
     n_eot_images: int = 512             # for attacks that ask it many times a step
     n_full: int = 512                   # for the full gradient, and for the checks of an evaluation
     n_rivals: int = 2048                # for AutoAttack on robust classifiers, most of whose images stand through all of it
@@ -224,10 +224,16 @@ AUTHORS = dataclasses.replace(
 PROFILES = {p.name: p for p in (TOY, SMALL, PAPER, AUTHORS)}
 
 
+# With another value of one of these, a number is not the paper's measured again, and is not called inside or outside of its interval.
+COMPARED = ("dataset", "captioner", "diffusion", "classifier", "strength", "eps_255", "step_size_255", "n_steps", "n_eot")
+
+
 def get_profile(name, table=None, **overrides):
     """The named profile with some fields replaced; an override of None keeps the profile's value.
 
     table: 1 to 4, the profile as it is for that table of the paper, which may have its own data set, classifier or strength.
+
+    Another value of one of COMPARED makes `same_models` false, unless that is given too.
 
     Raises ValueError, with the choices, for an unknown profile or field, and for a value of the wrong kind or range.
     """
@@ -237,4 +243,7 @@ def get_profile(name, table=None, **overrides):
     if unknown := sorted(set(overrides) - fields):
         raise ValueError(f"a profile has no field {', '.join(unknown)}; choose from {sorted(fields)}")
     given = {k: v for k, v in overrides.items() if v is not None}
-    return dataclasses.replace(PROFILES[name], **PROFILES[name].tables.get(table, {}) | given)
+    profile = dataclasses.replace(PROFILES[name], **PROFILES[name].tables.get(table, {}))
+    if any(getattr(profile, k) != v for k, v in given.items() if k in COMPARED):
+        given = {"same_models": False} | given
+    return dataclasses.replace(profile, **given)

@@ -22,9 +22,14 @@ def share(flags):
     return _share(int(sum(map(bool, flags))), len(flags))
 
 
+def _interval(k, n):
+    """`wilson` of a count that may lie between whole numbers: it then reaches from the interval of the one to that of the other."""
+    return wilson(math.floor(k + 1e-9), n)[0], wilson(math.ceil(k - 1e-9), n)[1]
+
+
 def _share(k, n):
-    """A `share` of a count that may lie between whole numbers: its interval then reaches from that of the one to that of the other."""
-    low, high = wilson(math.floor(k + 1e-9), n)[0], wilson(math.ceil(k - 1e-9), n)[1]
+    """A `share` of a count that may lie between whole numbers."""
+    low, high = _interval(k, n)
     return {"%": round(100 * k / n, 1), "95 % interval": f"{100 * low:.1f} to {100 * high:.1f}", "k": round(k, 3), "n": n}
 
 
@@ -65,10 +70,24 @@ def entries(rows, attack, names, whole=("undefended",)):
 
 
 def paired(rows, first, second, column="adversarial"):
-    """One sentence: two defences on the same images and the same noise (draw 0), by an exact McNemar test."""
+    """Two defences on the same images and the same noise (draw 0), by an exact McNemar test: {what is counted: how many, ..., "p"}."""
     one = rows[rows["draw"] == 0].assign(right=lambda r: r[column] == r["label"]).pivot(index="index", columns="defence", values="right")
     b, c, p = mcnemar(one[first], one[second])
-    return f"{column} images: right with {first} alone {b}, with {second} alone {c}, of {len(one)}; exact McNemar p = {p:.2g}"
+    return {"first": first, "second": second, "right with the first alone": b, "with the second alone": c, "n": len(one),
+            "exact McNemar p": f"{p:.2g}"}
+
+
+def caption_readers(rows, classes, defence="LGAP"):
+    """A defence's rows as those of a rival that looks at no image and takes for its label what the caption names: "caption alone".
+
+    rows: of `evaluate.Evaluation.run`; classes: the names. A caption that names none of them, or several, counts as label -1: wrong.
+    """
+    from .data import names_class
+    own = rows[rows["defence"] == defence]
+    named = {caption: [k for k, name in enumerate(classes) if names_class(caption, name)]
+             for caption in {*own["caption"], *own["caption_clean"]}}
+    label = {caption: found[0] if len(found) == 1 else -1 for caption, found in named.items()}
+    return own.assign(defence="caption alone", clean=own["caption_clean"].map(label), adversarial=own["caption"].map(label))
 
 
 def in_words(found):
@@ -76,16 +95,18 @@ def in_words(found):
     return "not run" if found is None else f"{found['%']:.1f} ({found['95 % interval']})"
 
 
-def ladder(runs, defence="LGAP"):
+def ladder(runs, classes=None, defence="LGAP"):
     """Accuracies of one defence under several attacks: a DataFrame with a row per attack.
 
-    runs: {what the table calls it: (attack, rows of `evaluate.Evaluation.run`)}.
+    runs: {what the table calls it: (attack, rows of `evaluate.Evaluation.run`)}. classes: with their names, how often the caption
+    of the attacked image names the right one has a column (`caption_readers`).
     """
     table = {}
     for name, (attack, rows) in runs.items():
         own = rows[rows["defence"] == defence]
         table[name] = {"natural, %": in_words(accuracy(own, "clean")), "robust, mean of draws, %": in_words(accuracy(own)),
                        "majority, %": in_words(accuracy(own, how="majority")), "worst draw, %": in_words(accuracy(own, how="worst")),
+                       **({"caption alone, %": in_words(accuracy(caption_readers(rows, classes, defence)))} if classes else {}),
                        "n": own["index"].nunique(), "draws": own["draw"].nunique(), "protocol": attack.describe()}
     return pd.DataFrame(table).T.rename_axis(f"{defence} under")
 
@@ -116,7 +137,7 @@ def beside_paper(table, ours, same_models):
             return "not run"
         if not printed or not same_models:
             return "other models" if printed else "not in the paper"
-        low, high = map(float, found["95 % interval"].split(" to "))
+        low, high = (100 * bound for bound in _interval(found["k"], found["n"]))        # not the rounded ones that the table shows
         return "inside" if low <= float(printed) <= high else "outside"
 
     def against(natural, robust):
@@ -125,11 +146,11 @@ def beside_paper(table, ours, same_models):
     out = []
     for paper, row in lines:
         measured = row or {"natural": None, "robust": None, "protocol": "quoted from the paper"}
-        printed = paper if paper is not None else {"natural": "", "robust": "", "cited": "no", "architecture": row.get("architecture", "")}
+        printed = paper if paper is not None else {"natural": "", "robust": "", "cited": "no", "architecture": ""}
         found = measured["robust"] or measured["natural"]
         source = paper if paper is not None else row
         out.append({"method": source["method"] + ("*" if printed["cited"] == "yes" else ""), "attack": source["attack"] or "none",
-                    "architecture": printed["architecture"] or ("not given" if paper is not None else "as LGAP's"),
+                    "architecture in the paper": printed["architecture"] or ("not given" if paper is not None else "not in the paper"),
                     "paper natural": printed["natural"] or "not given", "paper robust": printed["robust"] or "not given",
                     "natural here, %": in_words(measured["natural"]), "robust here, %": in_words(measured["robust"]),
                     "n": found["n"] if found else "not run",
@@ -198,8 +219,10 @@ def audit(runs, *, defence="LGAP", stronger=(), eps_sweep=(), eps_zero=None, dou
     else:
         each = pd.concat([right[name].mean() for name in eps_sweep], axis=1, keys=eps_sweep).dropna()     # the images all of them have
         means = list(each.mean())
-        check("accuracy falls with eps", all(a >= b - 1e-9 for a, b in zip(means, means[1:])), " > ".join(
-            f"{100 * m:.1f} % at {runs[n][0].eps_255:g}/255" for n, m in zip(eps_sweep, means)) + f", {len(each)} images")
+        signs = ["", *("=" if math.isclose(a, b) else ">" if a > b else "<" for a, b in zip(means, means[1:]))]
+        check("accuracy falls with eps", "<" not in signs, " ".join(
+            f"{sign} {100 * m:.1f} % at {runs[n][0].eps_255:g}/255" for sign, n, m in zip(signs, eps_sweep, means)).strip()
+            + f", {len(each)} images")
     for weaker, strong in stronger:
         what = f"{strong} is no weaker than {weaker}"
         if weaker not in own or strong not in own:

@@ -80,7 +80,10 @@ def fit(model, loss_of, *, n_steps, lr, folder, seed=0, optimizer="adamw", neste
               "warmup": warmup, "schedule": schedule.__name__, "bf16": bf16, "clip": clip, "ema": ema, "data": data,
               "parameters": sum(p.numel() for p in params)}
     if state_file.exists():
-        state = torch.load(state_file, map_location="cpu", weights_only=True)
+        try:
+            state = torch.load(state_file, map_location="cpu", weights_only=True)
+        except Exception as error:      # torch raises many kinds; all mean the same to the user
+            raise ValueError(f"{state_file} cannot be read ({type(error).__name__}); move it away to start anew") from error
         if state["config"] != config:
             changed = {k: (state["config"].get(k), v) for k, v in config.items() if state["config"].get(k) != v}
             raise ValueError(f"{state_file} belongs to another run, (there, here): {changed}; move it away to start anew")
@@ -241,7 +244,8 @@ def finetune(net, x, y, folder, *, epochs=15, lr=1e-3, batch_size=128, schedule=
     rows = fit(net, loss_of, n_steps=round(epochs * batches.per_epoch), lr=lr, folder=folder, optimizer="adam",
                schedule=SCHEDULES[schedule], log_every=batches.per_epoch, save_every=batches.per_epoch, measure=measure, seed=seed,
                title="fine-tune",
-               data=[hashlib.blake2b(x.numpy().tobytes() + y.numpy().tobytes(), digest_size=8).hexdigest(), begins_with, augment])
+               data=[hashlib.blake2b(x.numpy().tobytes() + y.numpy().tobytes(), digest_size=8).hexdigest(), begins_with, batch_size,
+                     augment])
     net.requires_grad_(False)
     return [{"epoch": row["step"] / batches.per_epoch, **row} for row in rows]
 

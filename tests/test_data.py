@@ -329,17 +329,31 @@ def test_imagenet_is_the_list_in_its_order_where_all_of_it_is_there(imagenet):
 def test_another_folder_is_taken_as_it_is_and_says_so(imagenet, monkeypatch):
     folder, names = imagenet
     (folder / names[0]).unlink()
+    with pytest.raises(ValueError, match=f"1 of the 3 images of paper/ids.txt are missing, e.g. {names[0]}; copy them"):
+        load_images("imagenet", "test")
+    for name in names[1:3]:
+        (folder / name).unlink()
     (folder / ".DS_Store").touch()
     (folder / KINDS[0] / ".hidden.JPEG").touch()
     images = load_images("imagenet", "test")
-    assert images.labels.tolist() == [0, 0, 281, 779, 779] and "all 5 images in imagenet/val by path, for 1 of " in images.source
+    assert images.labels.tolist() == [0, 281, 779] and "all 3 images in imagenet/val by path, for none of " in images.source
     checks = {what: (ok, detail) for what, ok, detail in validate("imagenet")}
-    assert checks["imagenet test: images"] == (False, "5, expected 2048") and not checks["imagenet test: first labels"][0]
+    assert checks["imagenet test: images"] == (False, "3, expected 2048") and not checks["imagenet test: first labels"][0]
     assert checks["imagenet test: files"] == (True, images.source)
-    monkeypatch.setattr(data, "IMAGENET_MOST", 4)
-    with pytest.raises(ValueError, match=r"holds 5 images, too many at once; say how many, n=\.\.\."):
+    monkeypatch.setattr(data, "IMAGENET_MOST", 2)
+    with pytest.raises(ValueError, match=r"holds 3 images, too many at once; say how many, n=\.\.\."):
         load_images("imagenet", "test")
-    assert len(load_images("imagenet", "test", 5)) == 5
+    assert len(load_images("imagenet", "test", 3)) == 3
+
+
+@pytest.mark.parametrize("dataset, other, right", [("cifar10", "cifar-10-batches-py/test_batch", FILES["cifar10"].format("test")),
+                                                   ("imagenet", "train/n01440764/a.JPEG", "val/n01440764/a.JPEG")])
+def test_a_folder_of_another_layout_is_not_at_hand(tmp_path, monkeypatch, dataset, other, right):
+    monkeypatch.setenv("LGAP_DATA", str(tmp_path))
+    for file, expected in ((other, False), (right, True)):
+        (tmp_path / dataset / file).parent.mkdir(parents=True)
+        (tmp_path / dataset / file).touch()
+        assert data.at_hand(dataset) == expected
 
 
 def test_pixels_are_those_that_robustbench_evaluates_on(imagenet):

@@ -288,7 +288,7 @@ def test_hours_come_from_rows_of_this_device_alone(monkeypatch, tmp_path):
     assert price(row, step)[:2] == pytest.approx((7.5, 52.5 / 50))          # 7.5 + 52.5 a purification, 7.5 / 15 + 52.5 a draw
     assert price(row, step, p=replace(PAPER, strength=0.1))[:2] == price(row, step)[:2]
     assert price(row, row | {"strength": "0.1", "seconds_per_image": "20"}, p=replace(PAPER, strength=0.1))[:2] == (0, 20 / 10)
-    assert price(row, p=replace(PAPER, same_models=False))[2] == "not measured on this device"
+    assert price(row, p=replace(PAPER, diffusion="/models/sd"))[2] == "not measured on this device"
     assert doctor.seconds(Counter(captions=2, passes=100), price(row, step)) == pytest.approx(15 + 105)
     assert doctor.seconds(Counter(captions=2), price(row)) is None
 

@@ -234,8 +234,10 @@ def test_another_classifier_or_another_image_of_the_same_index_is_refused(copied
                    config={"weights": "1"}, n_draws=N_DRAWS, seed=SEED).run(ATTACK)
     changed = dataclasses.replace(mine.images, pixels=mine.images.pixels.clone())
     changed.pixels[2, 0, 0, 0] ^= 1
+    held = sorted(copied.rglob("*.parquet"))
     with pytest.raises(ValueError, match="image 16 is not the one at hand.*rows of other images"):
         evaluation(copied, changed).run(ATTACK)
+    assert sorted(copied.rglob("*.parquet")) == held
 
 
 def test_weights_that_were_trained_further_are_another_classifier():
@@ -441,6 +443,8 @@ def test_purified_images_are_kept_and_taken_up_again(tmp_path):
     purified = Noisy()(images.x, None, Keys(images.indices, SEED))
     assert torch.equal(purified_pixels(table, SHAPE), (purified * 255).round().to(torch.uint8))
     assert table["prediction"].tolist() == net(purified).argmax(1).tolist() and table["undefended"].tolist() == images.labels.tolist()
+    with pytest.raises(ValueError, match="image 10 is not the one at hand.*rows of other images"):
+        purify_rows(defense, images, tmp_path, config={}, x=1 - images.x)
     with pytest.raises(ValueError, match=r"x: got shape \[2, 3, 4, 4\] for images of shape \[8, 3, 4, 4\]"):
         purify_rows(defense, images, tmp_path, config={}, x=images.x[:2])
 

@@ -393,10 +393,27 @@ def test_without_a_gpu_a_profile_that_needs_one_says_so(profile, monkeypatch):
         models.load_defense(needing)
     monkeypatch.setenv("LGAP_DEVICE", "cpu")
     assert models.load_defense(needing).classes
-    for name, words in (("cuda", "torch finds no GPU here"), ("gpu", "no such kind; expected cpu, cuda")):
+    for name, words in (("cuda", "torch finds no GPU here"), ("gpu", "no such kind; expected cpu, cuda"),
+                        ("meta", "expected cpu or one of 0 GPUs")):
         monkeypatch.setenv("LGAP_DEVICE", name)
         with pytest.raises(ValueError, match=f"device '{name}': {words}"):
             models.device_of()
+
+
+@pytest.mark.parametrize("loader, part, file", [(models.load_captioner, "captioner", "tokenizer.json"),
+                                                (models.load_diffusion, "diffusion", "tokenizer/tokenizer.json")])
+def test_a_folder_without_its_words_is_refused(profile, tmp_path, loader, part, file):
+    """transformers makes a tokenizer of special tokens alone, and every caption would be the same to it."""
+    folder = shutil.copytree(getattr(profile, part), tmp_path / part)
+    (folder / file).unlink()
+    with pytest.raises(CheckpointError, match="tokenizer.json"):
+        loader(str(folder), device="cpu")
+
+
+@pytest.mark.parametrize("other, compared", [({}, True), ({"n_images": 7, "seed": 1, "eps_255": 8}, True), ({"eps_255": 2}, False),
+                                             ({"diffusion": "/models/sd"}, False), ({"n_steps": 3, "same_models": True}, True)])
+def test_a_number_under_other_settings_is_not_held_against_the_papers(other, compared):
+    assert get_profile("paper", 1, **other).same_models == compared
 
 
 def test_a_fine_tuned_classifier_is_refused_where_it_was_tuned_otherwise(profile, tmp_path, monkeypatch):

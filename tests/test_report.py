@@ -45,6 +45,20 @@ def test_a_missing_draw_is_no_zero():
         report.accuracy(rows_of(MATRIX), how="best")
 
 
+CAPTIONS = ["a red cat", "a photo of a dog", "a cat and a dog", "nothing at all"]
+
+
+def test_a_caption_alone_is_right_where_it_names_one_class_and_that_the_true_one():
+    rows = pd.concat([rows_of([[1]] * 4, defence=name) for name in ("LGAP", "other")])
+    rows = rows.assign(caption=CAPTIONS * 2, caption_clean=CAPTIONS[::-1] * 2)
+    found = report.caption_readers(rows, ["cat", "dog"])
+    assert list(found["adversarial"]) == [0, 1, -1, -1] and list(found["clean"]) == [-1, -1, 1, 0]
+    assert set(found["defence"]) == {"caption alone"} and len(found) == 4
+    ladder = report.ladder({"any": (NATURAL, rows)}, ["cat", "dog"])
+    assert ladder.loc["any", "caption alone, %"] == report.in_words(report.share([True, False, False, False]))
+    assert "caption alone, %" not in report.ladder({"any": (NATURAL, rows)})
+
+
 def ours(natural=None, robust=None, attack="PGD", method="LGAP"):
     return {"method": method, "attack": attack, "natural": natural, "robust": robust, "protocol": "by hand"}
 
@@ -158,7 +172,7 @@ def test_autoattacks_flags_are_shown():
 
 def test_two_defences_are_compared_on_the_same_images():
     rows = pd.concat([rows_of([[0]] * 8 + [[1]] * 2), rows_of([[1]] * 10, defence="other")])
-    assert report.paired(rows, "LGAP", "other").endswith("alone 8, with other alone 0, of 10; exact McNemar p = 0.0078")
+    assert list(report.paired(rows, "LGAP", "other").values()) == ["LGAP", "other", 8, 0, 10, "0.0078"]
 
 
 def test_figures_show_ours_and_the_papers(tmp_path):

@@ -276,7 +276,7 @@ def test_the_cifar100_classifier_resumes_and_loads(make, cifar100, monkeypatch, 
     """Killed in its second epoch, with dropout and in bf16: the same weights; and it takes images in [0, 1]."""
     monkeypatch.setitem(make.RECIPES["paper"]["training"], "batch_size", 8)
     how = {"depth": 10, "widen_factor": 1, "epochs": 3}
-    make.make_paper("cpu", tmp_path / "whole", tmp_path / "work", **how)
+    make.make_paper("cpu", tmp_path / "whole", **how)
     assert "% of 24 validation images right (95 % interval " in capsys.readouterr().out
     crop, calls = train.crop_and_flip, []
 
@@ -289,7 +289,7 @@ def test_the_cifar100_classifier_resumes_and_loads(make, cifar100, monkeypatch, 
     monkeypatch.setattr(train, "crop_and_flip", killed)
     for _ in range(2):
         with contextlib.suppress(Killed):
-            make.make_paper("cpu", tmp_path / "broken", tmp_path / "work of the killed", **how)
+            make.make_paper("cpu", tmp_path / "broken", **how)
     assert len(calls) == 5 + 6 and set(calls) == {(4, "constant")}
     net, again = (models.load_classifier(str(tmp_path / name), device="cpu") for name in ("whole", "broken"))
     assert models.state_digest(net) == models.state_digest(again)
@@ -303,7 +303,7 @@ def test_the_cifar100_classifier_resumes_and_loads(make, cifar100, monkeypatch, 
 
 def test_the_curve_of_the_cifar100_classifier_has_a_row_an_epoch(make, cifar100, monkeypatch, tmp_path):
     monkeypatch.setitem(make.RECIPES["paper"]["training"], "batch_size", 8)
-    make.make_paper("cpu", tmp_path / "out", tmp_path / "work", depth=10, widen_factor=1, epochs=10, n=16)
+    make.make_paper("cpu", tmp_path / "out", depth=10, widen_factor=1, epochs=10, n=16)
     with open(tmp_path / "out" / "curve.csv", newline="") as f:
         rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(f)]
     assert [row["step"] for row in rows] == [*range(0, 20, 2), 19] and all(0 <= row["validation"] <= 1 for row in rows)
@@ -354,6 +354,19 @@ def test_fine_tuning_follows_the_schedule_of_its_name(net, images, tmp_path, sch
     rows = train.finetune(net, images.pixels, images.labels, tmp_path, epochs=10, lr=0.01, batch_size=8, schedule=schedule,
                           x_val=images.pixels, y_val=images.labels)
     assert [row["lr"] for row in rows] == [0.01 * train.SCHEDULES[schedule](step, 10, 0.1) for step in range(10)]
+
+
+def test_fine_tuning_in_other_batches_does_not_take_the_old_result(net, images, tmp_path):
+    how = {"x_val": images.pixels[:2], "y_val": images.labels[:2]}
+    train.finetune(copy.deepcopy(net), images.pixels, images.labels, tmp_path, epochs=1, batch_size=4, **how)
+    with pytest.raises(ValueError, match="another run"):      # as many steps
+        train.finetune(net, images.pixels, images.labels, tmp_path, epochs=2, batch_size=8, **how)
+
+
+def test_a_state_that_is_torn_is_refused_in_a_sentence(tmp_path):
+    (tmp_path / "state.pt").write_bytes(b"torn")
+    with pytest.raises(ValueError, match="state.pt cannot be read .*; move it away to start anew"):
+        run(linear(), tmp_path)
 
 
 def test_fine_tuning_on_other_images_does_not_take_the_old_result(net, images, tmp_path):
