@@ -226,13 +226,17 @@ def gradient(model, x, y, keys=None, n_eot=1, average="gradient", batch_size=64)
 class Query:
     """A `View` as a plain model, for attacks of other libraries: every call draws afresh, keyed by the call's number.
 
-    keys: one for each image it will be asked about; n_draws: each answer is the mean of the logits over so many draws.
+    keys: one for each image, all of which it is asked about at each call: an attack that drops images on its way gets one image at
+    a time, with a query of its own. n_draws: each answer is the mean of the logits over so many draws.
     """
 
     def __init__(self, view, keys, n_draws=1):
         self.view, self.keys, self.n_draws, self.calls = view, keys, n_draws, 0
 
     def __call__(self, x):
+        if len(x) != len(self.keys):
+            raise ValueError(f"x: got {len(x)} images for {len(self.keys)} keys, and cannot know which these are; attack one image at a "
+                             "time, with a Query of its own")
         keys = self.keys.at([self.calls] * len(self.keys), self.n_draws)
         self.calls += 1
         logits = self.view(x, keys).view(len(x), self.n_draws, -1).mean(1)
@@ -363,7 +367,10 @@ def _strongest(library, view, one, label, key, n_eot):
 
 @dataclass(frozen=True)
 class Attack:
-    """One cell of the grid, all numbers included; attack(defense, x, y, keys) -> adversarial images [n, 3, h, w]."""
+    """One cell of the grid, all numbers included; attack(defense, x, y, keys) -> adversarial images [n, 3, h, w].
+
+    An attack of your own is a subclass with another `__call__`; what it notes in `record` the tables show, and it need note nothing.
+    """
     name: str                           # what a table calls it
     optimiser: str = "pgd"              # "none", "pgd", "autoattack" or "square"
     view: str = "blind"                 # what the attacker sees: "blind", "bpda" or "full"
@@ -401,13 +408,15 @@ class Attack:
         return {"none": "none", "pgd": "any step" if self.any_step else "last iterate"}.get(self.optimiser, "the attack's best point")
 
     def settings(self):
-        """The numbers that define the attack, by name."""
-        return dataclasses.asdict(self)
+        """The numbers that define the attack, by name, and whose it is."""
+        return dataclasses.asdict(self) | ({} if type(self) is Attack else {"is": type(self).__qualname__})
 
     def describe(self):
         """The protocol in a line, for a table."""
         if self.optimiser == "none":
             return "no attack"
+        if type(self) is not Attack:        # somebody's own, of which no more is known
+            return f"{type(self).__name__}; eps {self.eps_255:g}/255"
         what = {"pgd": f"PGD-{self.n_steps}, step {self.step_size_255:g}/255",
                 "square": f"Square, {self.n_steps} queries, mean of {self.n_eot} draws",
                 "autoattack": f"AutoAttack {self.version}" + f", {self.n_steps} steps" * (self.n_steps != 100)
@@ -487,7 +496,10 @@ def get_attack(attack, /, **overrides):
         raise ValueError(f"no attack {attack!r}; choose from {list(ATTACKS)}")
     if unknown := sorted(set(overrides) - {f.name for f in dataclasses.fields(Attack)}):
         raise ValueError(f"an attack has no field {', '.join(unknown)}; choose from {[f.name for f in dataclasses.fields(Attack)]}")
-    return dataclasses.replace(ATTACKS[attack], **overrides)
+    known = ATTACKS[attack]
+    if "n_steps" in overrides:              # "blind PGD-40" with ten steps is "blind PGD-10"
+        overrides = {"name": known.name.replace(f"-{known.n_steps}", f"-{overrides['n_steps']}")} | overrides
+    return dataclasses.replace(known, **overrides)
 
 
 def in_batches(attack, x, y, keys=None, batch_size=128):

@@ -127,6 +127,7 @@ class LatentPurifier(nn.Module):
         finally:
             for name, value in old.items():
                 setattr(self, name, value)
+            self._check()                   # the scheduler's steps, too
 
     def embed(self, captions):
         """C = tau(caption): the text encoder's last hidden states [n, tokens, width]."""
@@ -140,9 +141,14 @@ class LatentPurifier(nn.Module):
             return self.text_encoder(tokens.input_ids.to(self.device)).last_hidden_state
 
     def _recomputed(self, function, *args):
-        if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(function, *args, use_reentrant=False)
-        return function(*args)
+        if not (self.checkpointing and torch.is_grad_enabled()):
+            return function(*args)
+        settings = {name: getattr(self, name) for name in self.SETTINGS}
+
+        def as_it_was(*args):               # the backward pass recomputes it, by when the settings may be others
+            with self.using(**settings):
+                return function(*args)
+        return checkpoint(as_it_was, *args, use_reentrant=False)
 
     def resize(self, x, size):
         return resize(x, size, self.antialias)
@@ -171,8 +177,9 @@ class LatentPurifier(nn.Module):
         """x = D(z_0), back in [0, 1]."""
         return (self.vae.decode((z / self.vae.config.scaling_factor).to(self.dtype)).sample.to(z) / 2 + 0.5).clamp(0, 1)
 
-    def step(self, z, t, text, scale):
-        """One DDIM step z_t -> z_{t'} at a guidance scale: (z_{t'}, the z_0 it expects). `text`: [negative; caption], or [caption] at 1."""
+    def step(self, z, t, text):
+        """One DDIM step z_t -> z_{t'}: (z_{t'}, the z_0 it expects). `text`: [negative; caption], or [caption] at guidance scale 1."""
+        scale = self.guidance_scale
         noise_pred = self.unet((torch.cat([z, z]) if scale != 1 else z).to(self.dtype), t, text).sample.to(z)
         if scale != 1:
             without, with_caption = noise_pred.chunk(2)
@@ -183,9 +190,8 @@ class LatentPurifier(nn.Module):
     def forward(self, x, captions, keys=None, trace=None):
         keys = Keys.of_content(x) if keys is None else keys
         t_noise, times = noise_schedule(self.scheduler, self.strength, self.num_inference_steps, self.time_grid)
-        scale = self.guidance_scale     # handed on by value: a step may be recomputed when `using` has ended
         text = self.embed(list(captions)).repeat_interleave(len(keys) // len(x), 0)
-        if scale != 1:
+        if self.guidance_scale != 1:
             text = torch.cat([self.embed([self.negative_prompt]).expand_as(text), text])
 
         # latents and DDIM stay in single precision where the networks have half: 25 roundings would add up
@@ -197,7 +203,7 @@ class LatentPurifier(nn.Module):
             trace.times.append(t_noise)
             trace.latents.append(z.detach())
         for t in times:
-            z, expected = self._recomputed(self.step, z, t, text, scale)
+            z, expected = self._recomputed(self.step, z, t, text)
             if trace is not None:
                 trace.times.append(t)
                 trace.latents.append(z.detach())
@@ -284,6 +290,9 @@ class LGAP(nn.Module):
         if (bad := ~torch.isfinite(purified.detach()).flatten(1).all(1)).any():
             first = int(bad.nonzero()[0])
             raise ValueError(f"purified image {first} of {len(x)} holds NaN or inf (key {keys.rows[first]})")
+        if (lowest := purified.detach().min().item()) < -0.5:      # a little outside is what noise does
+            warnings.warn(f"purifier: its output goes down to {lowest:.2f} and looks like an image in [-1, 1]; expected [0, 1], "
+                          "that is (x + 1) / 2")
         return purified
 
     def classify(self, x):

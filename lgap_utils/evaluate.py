@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from .attacks import NATURAL, Record, blocks, gradient
+from .attacks import NATURAL, Attack, Record, blocks, gradient
 from .defense import check_images
 from .files import write_whole
 from .keyed import Keys
@@ -172,6 +172,8 @@ class Evaluation:
         labels predicted), caption_clean, caption (of the adversarial image), linf and inside (the threat model), broke_at,
         bad_gradients, flags (see attacks.Record), seconds (per image), and the attack's name, eps_255, n_steps, n_eot, success.
         """
+        if not isinstance(attack, Attack):
+            raise TypeError(f"attack: got {attack!r}, expected an attacks.Attack; for one of your own, a subclass with another __call__")
         places = {index: place for place, index in enumerate(self.images.indices.tolist())}
         wanted = list(places) if indices is None else [int(i) for i in indices]
         if missing := [i for i in wanted if i not in places]:
@@ -316,7 +318,7 @@ def purify_rows(defense, images, folder, *, config, x=None, seed=0, batch_size=6
         captions = defense.caption(batch)
         purified = defense.purify(batch, captions, Keys(images.indices[part], seed))
         before, after = (defense.classify(b).argmax(1).tolist() for b in (batch, purified))
-        pixels = (purified.cpu() * 255).round().to(torch.uint8)
+        pixels = (purified.cpu().clamp(0, 1) * 255).round().to(torch.uint8)
         each = (time.perf_counter() - began) / len(part)
         rows.write([{"index": int(images.indices[i]), "image": digests[int(images.indices[i])], "label": int(images.labels[i]),
                      "caption": captions[k], "undefended": before[k], "prediction": after[k], "linf": float((x[i] - clean[i]).abs().max()),

@@ -390,6 +390,11 @@ def test_square_asks_for_the_mean_logits_of_fresh_draws(quick, n_eot):
         assert torch.allclose(query(X[:1]), full(DEFENSE)(X[:1], KEYS[:1].at([call], n_eot)).mean(0, keepdim=True), rtol=0, atol=1e-5)
 
 
+def test_a_query_about_some_of_its_images_is_refused():
+    with pytest.raises(ValueError, match="got 1 images for 2 keys.*one image at a time"):
+        Query(full(DEFENSE), KEYS[:2])(X[:1])
+
+
 def test_autoattack_meets_a_defence_that_passes_no_gradient_without_an_error(quick):
     record, defense = Record(), LGAP(words, lambda x, captions, keys: noisy(x.detach(), captions, keys), net)
     autoattack(full(defense), X[:1], Y[:1], keys=KEYS[:1], version="rand", n_eot=2, record=record, **quick)
@@ -588,6 +593,8 @@ def test_an_unknown_attack_is_answered_with_the_choices_and_a_known_one_may_be_r
         get_attack("BPDA")
     changed = {"name": "BPDA-40 at 4/255", "eps_255": 4}
     assert get_attack("BPDA-40", **changed) == dataclasses.replace(ATTACKS["BPDA-40"], **changed)
+    assert get_attack("blind PGD-40", n_steps=10) == Attack("blind PGD-10", n_steps=10)     # a name says no other number of steps
+    assert get_attack("BPDA-40", n_steps=10, name="mine").name == "mine" and get_attack("Square", n_steps=7).name == "Square"
 
 
 def test_softmax_in_place_of_logits_is_announced():

@@ -241,6 +241,20 @@ def test_checkpointing_leaves_the_gradient_as_it_is(exact, wide):
     assert recomputed.flatten(1).abs().amax(1).min() > 0
 
 
+@pytest.mark.parametrize("later", [{"num_inference_steps": 25}, {"strength": 0.1}, {"guidance_scale": 1.0}, {"vae_input": "clip"},
+                                   {"vae_sample": False}, {"time_grid": "diffusers"}])
+def test_the_gradient_is_that_of_the_settings_it_was_built_with(exact, wide, later):
+    """The backward pass recomputes: also where the defence has meanwhile been looked at under other settings, or still is."""
+    x, direction = wide
+    expected, built = gradient(exact, x, direction), x.clone().requires_grad_()
+    loss = (exact(built, WORDS[:2], Keys([0, 1])) * direction).sum()
+    with exact.using(**later):
+        with torch.no_grad():
+            exact(x, WORDS[:2], Keys([0, 1]))
+        assert torch.equal(torch.autograd.grad(loss, built, retain_graph=True)[0], expected)
+    assert torch.equal(torch.autograd.grad(loss, built)[0], expected)
+
+
 def test_an_image_has_no_gradient_from_its_neighbour(exact, wide):
     x, direction = wide
     direction[1] = 0
@@ -440,6 +454,11 @@ def test_a_purified_image_that_is_not_finite_is_named(images):
         return x * torch.tensor([1, float("nan"), 1]).view(3, 1, 1, 1)
     with pytest.raises(ValueError, match=r"purified image 1 of 3 holds NaN or inf \(key .*41"):
         LGAP(None, broken, None).purify(images.x[:3], ["", "", ""], Keys([40, 41, 42]))
+
+
+def test_a_purifier_of_another_range_is_warned_of(images):
+    with pytest.warns(UserWarning, match=r"purifier: its output goes down to -1.00 and looks like an image in \[-1, 1\]"):
+        LGAP(None, lambda x, captions, keys: 2 * (x - x.amin()) - 1, None).purify(images.x[:1], [""])
 
 
 # ---------------------------------------------------------------- one image from anywhere

@@ -92,6 +92,23 @@ def attacked(purifier):
     return {index for _, index, stage, _, _ in purifier.keys if stage == "attack"}
 
 
+class Mine(Attack):
+    """An attack of a user's own: it notes nothing."""
+
+    def __call__(self, defense, x, y, keys, batch_size=64, record=None, progress=None):
+        return (x + self.eps_255 / 255).clamp(0, 1)
+
+
+def test_an_attack_of_ones_own_is_neither_called_nor_resumed_as_pgd(tmp_path):
+    run = evaluation(tmp_path)
+    table, attack = run.run(Mine("mine")), Mine("mine")
+    assert attack.describe() == "Mine; eps 8/255" and set(table["inside"]) == {True} and set(table["broke_at"]) == {-1}
+    with pytest.raises(ValueError, match="attack.is: there 'Mine', here None"):
+        run.run(Attack("mine"))
+    with pytest.raises(TypeError, match="attack: got <function .*expected an attacks.Attack"):
+        run.run(lambda x, y: x)
+
+
 # ---------------------------------------------------------------- what a row says
 
 def test_there_is_a_row_for_each_image_defence_and_draw_and_it_says_what_happened(unbroken):
@@ -441,7 +458,7 @@ def test_purified_images_are_kept_and_taken_up_again(tmp_path):
     assert {key[1] for key in purifier.keys} == {10, 13, 25, 28, 31}
     assert same(purify_rows(defense, images, tmp_path / "whole", config={}, seed=SEED), table)
     purified = Noisy()(images.x, None, Keys(images.indices, SEED))
-    assert torch.equal(purified_pixels(table, SHAPE), (purified * 255).round().to(torch.uint8))
+    assert torch.equal(purified_pixels(table, SHAPE), (purified.clamp(0, 1) * 255).round().to(torch.uint8))
     assert table["prediction"].tolist() == net(purified).argmax(1).tolist() and table["undefended"].tolist() == images.labels.tolist()
     with pytest.raises(ValueError, match="image 10 is not the one at hand.*rows of other images"):
         purify_rows(defense, images, tmp_path, config={}, x=1 - images.x)
