@@ -118,7 +118,9 @@ def at_hand(dataset):
     """Whether a data set's test images lie below LGAP_DATA, where `load_images` looks, so that nothing would be fetched."""
     root = data_root() / dataset
     if dataset == "imagenet":
-        return (root / "val").is_dir() or all((root / shard).is_file() for shard in IMAGENET_SHARDS)
+        listed = [(root / "val" / name).is_file() for name in imagenet_ids()]       # all of the list, or none: as `load_images` takes them
+        kinds = (root / "val").is_dir() and any(p.is_dir() for p in (root / "val").iterdir())
+        return all(listed) or bool(kinds) and not any(listed) or all((root / shard).is_file() for shard in IMAGENET_SHARDS)
     return dataset == "toy" or (root / CIFARS[dataset].file.format("test")).is_file()
 
 

@@ -335,9 +335,10 @@ NOTEBOOKS = {
     "02_purification": (None, lambda p, t: [
         t.both(p.n_images), t.both(1), t.purifications(7),
         *(t.purifications(1, strength=s, num_inference_steps=max(50, p.num_inference_steps)) for s in (0.1, 0.3, 0.5, 0.7)),
-        *(t.purifications(1, guidance_scale=g) for g in (1.0, 2.5, 5.0, 10.0))]),
+        *(t.purifications(1, guidance_scale=g) for g in (1.0, p.guidance_scale / 2, p.guidance_scale, 2 * p.guidance_scale))]),
     "03_finetuning": (None, lambda p, t: [t.both(4 * p.n_images), t.finetune()]),
     "04_table1_cifar10_blind": (1, lambda p, t: [
+        t.finetune(),
         t.run("table1_and_3", "blind PGD-40", p.n_images),
         t.run("table1_and_3", "blind PGD-40", p.n_full, name="blind PGD, eps 0")]),
     "05_table2_cifar100_blind": (2, lambda p, t: [
@@ -345,6 +346,7 @@ NOTEBOOKS = {
         t.run("table2", "blind PGD-40", p.n_images),
         t.shown("cifar100")]),
     "06_table3_cifar10_adaptive": (3, lambda p, t: [
+        t.finetune(),
         t.run("table1_and_3", "blind PGD-40", p.n_images),
         t.run("table1_and_3", "AutoAttack", p.n_images),
         t.run("table1_and_3", "BPDA-40", p.n_adaptive),

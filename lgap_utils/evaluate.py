@@ -294,8 +294,9 @@ class Evaluation:
 def purify_rows(defense, images, folder, *, config, x=None, seed=0, batch_size=64, title="purify"):
     """Caption, purify and classify: a DataFrame with a row per image, computed once and kept in `folder`.
 
-    images: `data.Images`; x: what to purify in their place, e.g. adversarial versions [n, 3, h, w]. Columns: index,
-    image (a digest of what was purified), label, caption, undefended and prediction (labels before and after purification),
+    images: `data.Images`; x: what to purify in their place, e.g. adversarial versions [n, 3, h, w], which `config` must tell
+    apart: attacked anew they need not be the same to the last bit. Columns: index,
+    image (a digest of the one in images), label, caption, undefended and prediction (labels before and after purification),
     linf (how far x is from the image), purified (uint8 pixels as bytes, [3, h, w]), seconds (per image). Raises ValueError
     where rows of the folder belong to other images.
     """
@@ -304,7 +305,7 @@ def purify_rows(defense, images, folder, *, config, x=None, seed=0, batch_size=6
     check_images(x)
     if x.shape != clean.shape:
         raise ValueError(f"x: got shape {list(x.shape)} for images of shape {list(clean.shape)}")
-    rows, digests = Rows(folder, config), dict(zip(images.indices.tolist(), image_digests(x)))
+    rows, digests = Rows(folder, config), dict(zip(images.indices.tolist(), image_digests(images.pixels)))
     before = rows.read()
     check_images_of(before, digests, folder)
     done = set(before["index"])

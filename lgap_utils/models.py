@@ -443,6 +443,13 @@ def load_finetuned(profile):
     return defense
 
 
+def finetuned(profile):
+    """`load_finetuned`, after `finetune` where nothing was fine-tuned for this profile yet. What is there is not done again."""
+    if not (profile.finetuned / "finetuning.json").is_file():
+        finetune(profile, load_defense(profile))
+    return load_finetuned(profile)
+
+
 def provenance(profile, defense, images):
     """Where numbers come from: configuration, images, versions, device and commit, as plain data for results.json."""
     import importlib.metadata

@@ -225,7 +225,8 @@ PROFILES = {p.name: p for p in (TOY, SMALL, PAPER, AUTHORS)}
 
 
 # With another value of one of these, a number is not the paper's measured again, and is not called inside or outside of its interval.
-COMPARED = ("dataset", "captioner", "diffusion", "classifier", "strength", "eps_255", "step_size_255", "n_steps", "n_eot")
+COMPARED = ("dataset", "captioner", "diffusion", "classifier", "size", "strength", "num_inference_steps", "guidance_scale", "eps_255",
+            "step_size_255", "n_steps", "n_eot", "n_finetune", "finetune_epochs", "finetune_lr", "finetune_batch")
 
 
 def get_profile(name, table=None, **overrides):

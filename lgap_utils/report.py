@@ -198,6 +198,7 @@ def audit(runs, *, defence="LGAP", stronger=(), eps_sweep=(), eps_zero=None, dou
     that falls to the weaker may stand, in every draw, under the stronger. eps_sweep: names by rising eps. eps_zero: a run at
     eps 0. doubled: names of a run and of the same with twice the steps.
     """
+    from .attacks import Attack
     own = {name: rows[rows["defence"] == defence] for name, (_, rows) in runs.items()}
     right = {name: rows.assign(right=rows["adversarial"] == rows["label"]).groupby("index")["right"] for name, rows in own.items()}
     checks = []
@@ -234,11 +235,13 @@ def audit(runs, *, defence="LGAP", stronger=(), eps_sweep=(), eps_zero=None, dou
         alone = "" if wrong.empty else f"; {len(wrong)} fall to the weaker alone, e.g. image {wrong.index[0]}"
         check(what, None if pair.empty else wrong.empty, kept + alone)
     for name, (attack, _) in runs.items():
-        if attack.optimiser == "pgd" and attack.eps_255 > 0:
+        if type(attack) is not Attack:
+            check(f"{name}: the attack's own flags", None, f"{type(attack).__name__} is not ours: what it notes is its affair")
+        elif attack.optimiser == "pgd" and attack.eps_255 > 0:
             bad, steps = own[name].groupby("index")["bad_gradients"].first(), attack.n_steps * attack.n_restarts
             check(f"{name}: gradient neither zero nor NaN", bool((bad == 0).all()),
                   f"{int((bad > 0).sum())} of {len(bad)} images had one in {steps} steps")
-        if attack.optimiser in ("autoattack", "square"):
+        elif attack.optimiser in ("autoattack", "square"):
             flags = own[name].groupby("index")["flags"].first()
             counts = flags[flags != ""].value_counts()
             together = f", each flag that of a block of {attack.block}" * (attack.block > 1)

@@ -356,6 +356,16 @@ def test_a_folder_of_another_layout_is_not_at_hand(tmp_path, monkeypatch, datase
         assert data.at_hand(dataset) == expected
 
 
+def test_half_of_imagenets_list_is_not_at_hand(imagenet):
+    folder, names = imagenet
+    assert data.at_hand("imagenet")
+    (folder / names[0]).unlink()
+    assert not data.at_hand("imagenet")
+    for name in names[1:3]:
+        (folder / name).unlink()
+    assert data.at_hand("imagenet")
+
+
 def test_pixels_are_those_that_robustbench_evaluates_on(imagenet):
     from lgap_utils.models import import_robustbench
     import_robustbench()

@@ -461,7 +461,7 @@ def test_purified_images_are_kept_and_taken_up_again(tmp_path):
     assert torch.equal(purified_pixels(table, SHAPE), (purified.clamp(0, 1) * 255).round().to(torch.uint8))
     assert table["prediction"].tolist() == net(purified).argmax(1).tolist() and table["undefended"].tolist() == images.labels.tolist()
     with pytest.raises(ValueError, match="image 10 is not the one at hand.*rows of other images"):
-        purify_rows(defense, images, tmp_path, config={}, x=1 - images.x)
+        purify_rows(defense, dataclasses.replace(images, pixels=255 - images.pixels), tmp_path, config={})
     with pytest.raises(ValueError, match=r"x: got shape \[2, 3, 4, 4\] for images of shape \[8, 3, 4, 4\]"):
         purify_rows(defense, images, tmp_path, config={}, x=images.x[:2])
 

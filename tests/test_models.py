@@ -388,6 +388,7 @@ def test_the_authors_preset_is_the_paper_with_departures_that_can_be_taken_back_
 def test_without_a_gpu_a_profile_that_needs_one_says_so(profile, monkeypatch):
     needing = dataclasses.replace(profile, needs_gpu=True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.delenv("LGAP_DEVICE", raising=False)
     with pytest.raises(ValueError, match="profile 'tiny' is made for a GPU and torch finds none here; set LGAP_DEVICE=cpu"):
         models.load_defense(needing)
@@ -398,6 +399,11 @@ def test_without_a_gpu_a_profile_that_needs_one_says_so(profile, monkeypatch):
         monkeypatch.setenv("LGAP_DEVICE", name)
         with pytest.raises(ValueError, match=f"device '{name}': {words}"):
             models.device_of()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert models.device_of("cuda:0") == torch.device("cuda:0")
+    with pytest.raises(ValueError, match="device 'cuda:1': expected cpu or one of 1 GPUs"):
+        models.device_of("cuda:1")
 
 
 @pytest.mark.parametrize("loader, part, file", [(models.load_captioner, "captioner", "tokenizer.json"),
@@ -425,6 +431,8 @@ def test_a_fine_tuned_classifier_is_refused_where_it_was_tuned_otherwise(profile
     models.finetune(own, tuned)
     again = models.load_defense(own, device="cpu")
     models.finetune(own, again)                              # done already: the same weights, nothing is trained
+    monkeypatch.setattr(models, "finetune", lambda *_: pytest.fail("it is there"))
+    assert models.state_digest(models.finetuned(own).classifier) == models.state_digest(tuned.classifier)
     loaded = models.load_finetuned(own)
     assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(
         *(d.classifier.state_dict().values() for d in (tuned, again, loaded))))

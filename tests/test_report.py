@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from lgap_utils import report
-from lgap_utils.attacks import NATURAL, get_attack
+from lgap_utils.attacks import NATURAL, Attack, get_attack
 
 
 def rows_of(matrix, labels=None, defence="LGAP", **columns):
@@ -143,6 +143,13 @@ def test_a_weaker_rung_that_breaks_more_is_found_image_by_image():
     row = audit.loc["bpda is no weaker than blind"]
     assert row["verdict"] == "warn" and "image 1" in row["detail"]
     assert audit.loc["absent is no weaker than bpda", "verdict"] == "not run"
+
+
+def test_of_an_attack_of_ones_own_the_audit_claims_nothing():
+    class Mine(Attack):
+        pass
+    found = verdicts({"mine": (Mine("mine"), rows_of([[0]]))})
+    assert found["mine: the attack's own flags"] == "not run" and not any("gradient" in check for check in found.index)
 
 
 def test_accuracy_that_rises_with_eps_and_steps_that_still_help_are_warned_of():
