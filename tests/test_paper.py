@@ -18,7 +18,8 @@ needs_data = pytest.mark.skipif(not all((data_root() / name).is_dir() for name i
 
 # Runs in each kernel before its notebook.
 STARTUP = f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]; import stand_ins; stand_ins.install()"
-SIZES = {"n_images": 2, "n_adaptive": 1, "n_eot_images": 1, "n_full": 1, "n_rivals": 1, "n_draws": 2, "n_finetune": 4, "n_validation": 2}
+SIZES = {"n_images": 2, "n_adaptive": 1, "n_eot_images": 1, "n_full": 1, "n_rivals": 1, "n_draws": 2, "n_finetune": 4, "n_validation": 2,
+         "n_eot": 3, "same_models": True}       # fewer than the profile's draws, and the paper's numbers are compared all the same
 
 
 def put(file, weights):
