@@ -403,19 +403,24 @@ class Attack:
                 raise ValueError(f"{name}={getattr(self, name)!r}: only the optimiser 'pgd' has it, not {self.optimiser!r}")
 
     @property
+    def foreign(self):
+        """Whether this is somebody's own subclass, of which these fields say little."""
+        return type(self) is not Attack
+
+    @property
     def success(self):
         """What counts as broken, in words."""
         return {"none": "none", "pgd": "any step" if self.any_step else "last iterate"}.get(self.optimiser, "the attack's best point")
 
     def settings(self):
         """The numbers that define the attack, by name, and whose it is."""
-        return dataclasses.asdict(self) | ({} if type(self) is Attack else {"is": type(self).__qualname__})
+        return dataclasses.asdict(self) | ({"is": type(self).__qualname__} if self.foreign else {})
 
     def describe(self):
         """The protocol in a line, for a table."""
         if self.optimiser == "none":
             return "no attack"
-        if type(self) is not Attack:        # somebody's own, of which no more is known
+        if self.foreign:
             return f"{type(self).__name__}; eps {self.eps_255:g}/255"
         what = {"pgd": f"PGD-{self.n_steps}, step {self.step_size_255:g}/255",
                 "square": f"Square, {self.n_steps} queries, mean of {self.n_eot} draws",

@@ -118,9 +118,12 @@ def at_hand(dataset):
     """Whether a data set's test images lie below LGAP_DATA, where `load_images` looks, so that nothing would be fetched."""
     root = data_root() / dataset
     if dataset == "imagenet":
-        listed = [(root / "val" / name).is_file() for name in imagenet_ids()]       # all of the list, or none: as `load_images` takes them
-        kinds = (root / "val").is_dir() and any(p.is_dir() for p in (root / "val").iterdir())
-        return all(listed) or bool(kinds) and not any(listed) or all((root / shard).is_file() for shard in IMAGENET_SHARDS)
+        if not (root / "val").is_dir():
+            return all((root / shard).is_file() for shard in IMAGENET_SHARDS)
+        try:
+            return bool(_imagenet_names(root / "val"))
+        except (FileNotFoundError, ValueError):
+            return False
     return dataset == "toy" or (root / CIFARS[dataset].file.format("test")).is_file()
 
 
@@ -198,14 +201,7 @@ def _imagenet(split, n, start, crop=None):
     folder, names = data_root() / "imagenet" / "val", imagenet_ids()
     source = f"the {len(names)} images of paper/{IMAGENET_IDS.name}"
     if folder.is_dir():
-        there = _imagenet_folder(folder, labels)
-        missing = sorted(set(names).difference(there))
-        if 0 < len(missing) < len(names):
-            raise ValueError(f"{folder}: {len(missing)} of the {len(names)} images of paper/{IMAGENET_IDS.name} are missing, e.g. "
-                             f"{missing[0]}; copy them, or leave none of the list there, and all images by path are taken")
-        if missing:
-            source = f"all {len(there)} images in imagenet/val by path, for none of paper/{IMAGENET_IDS.name} is there"
-            names = there
+        names, source = _imagenet_names(folder)
         if n is None and len(names) > IMAGENET_MOST:
             raise ValueError(f"{folder} holds {len(names)} images, too many at once; say how many, n=...")
         names = _part(names, "imagenet test", n, start)
@@ -220,6 +216,18 @@ def _imagenet(split, n, start, crop=None):
     indices = torch.arange(start, start + len(names))
     return Images(pixels, torch.tensor([labels[name.split("/")[0]] for name in names]), indices, classes, None,
                   f"{source}; rows {start} to {indices[-1]} sha256 {digest}")
+
+
+def _imagenet_names(folder):
+    """("wnid/file name" of the images that a folder is taken for, where that choice comes from): the list, or all if it has none of it."""
+    names, there = imagenet_ids(), _imagenet_folder(folder, imagenet_classes()[0])
+    missing = sorted(set(names).difference(there))
+    if not missing:
+        return names, f"the {len(names)} images of paper/{IMAGENET_IDS.name}"
+    if len(missing) < len(names):
+        raise ValueError(f"{folder}: {len(missing)} of the {len(names)} images of paper/{IMAGENET_IDS.name} are missing, e.g. "
+                         f"{missing[0]}; copy them, or leave none of the list there, and all images by path are taken")
+    return there, f"all {len(there)} images in imagenet/val by path, for none of paper/{IMAGENET_IDS.name} is there"
 
 
 def _imagenet_folder(folder, labels):

@@ -119,13 +119,15 @@ def image_digests(pixels):
     return [hashlib.blake2b(image.tobytes(), digest_size=8).hexdigest() for image in pixels.numpy()]
 
 
-def check_images_of(table, digests, folder):
-    """ValueError if a row of the table belongs to another image than digests, {index: digest}, has at hand."""
+def done_of(rows, digests):
+    """The indices that rows holds. Raises ValueError if one of them is of another image than digests, {index: digest}, has at hand."""
+    table = rows.read()
     known = table[table["index"].isin(list(digests))]
     image = known.get("image", pd.Series("", known.index))              # no row, or rows that do not say
     if (other := image != known["index"].map(digests)).any():
-        raise ValueError(f"{folder}: image {known['index'][other].iloc[0]} is not the one at hand, so these are rows of other "
+        raise ValueError(f"{rows.folder}: image {known['index'][other].iloc[0]} is not the one at hand, so these are rows of other "
                          "images; move or delete the folder, or set LGAP_OUTPUTS to another one")
+    return set(table["index"])
 
 
 def state_digest(module):
@@ -183,9 +185,7 @@ class Evaluation:
         natural = None if attack == NATURAL else self.run(NATURAL, wanted)
         rows = Rows(self.folder / re.sub(r"[^a-z0-9]+", "-", attack.name.lower()).strip("-"),
                     {**self.config, "attack": attack.settings()}, ("index", "defence", "draw"))
-        before = rows.read()
-        check_images_of(before, self.pixels, rows.folder)
-        done = set(before["index"])
+        done = done_of(rows, self.pixels)
         todo = [i for i in wanted if i not in done]
         if attack.block > 1:
             todo = self._whole_blocks(attack.block, todo, places)
@@ -306,9 +306,7 @@ def purify_rows(defense, images, folder, *, config, x=None, seed=0, batch_size=6
     if x.shape != clean.shape:
         raise ValueError(f"x: got shape {list(x.shape)} for images of shape {list(clean.shape)}")
     rows, digests = Rows(folder, config), dict(zip(images.indices.tolist(), image_digests(images.pixels)))
-    before = rows.read()
-    check_images_of(before, digests, folder)
-    done = set(before["index"])
+    done = done_of(rows, digests)
     todo = [i for i, index in enumerate(digests) if index not in done]
     device = next((p.device for p in defense.parameters()), torch.device("cpu"))
 

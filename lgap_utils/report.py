@@ -81,9 +81,10 @@ def caption_readers(rows, classes, defence="LGAP"):
     """A defence's rows as those of a rival that looks at no image and takes for its label what the caption names: "caption alone".
 
     rows: of `evaluate.Evaluation.run`; classes: the names. A caption that names none of them, or several, counts as label -1: wrong.
+    The rows of draw 0 alone, as captions draw no noise.
     """
     from .data import names_class
-    own = rows[rows["defence"] == defence]
+    own = rows[(rows["defence"] == defence) & (rows["draw"] == 0)]
     named = {caption: [k for k, name in enumerate(classes) if names_class(caption, name)]
              for caption in {*own["caption"], *own["caption_clean"]}}
     label = {caption: found[0] if len(found) == 1 else -1 for caption, found in named.items()}
@@ -146,11 +147,11 @@ def beside_paper(table, ours, same_models):
     out = []
     for paper, row in lines:
         measured = row or {"natural": None, "robust": None, "protocol": "quoted from the paper"}
-        printed = paper if paper is not None else {"natural": "", "robust": "", "cited": "no", "architecture": ""}
+        printed = paper if paper is not None else {"natural": "", "robust": "", "cited": "no", "architecture": "not in the paper"}
         found = measured["robust"] or measured["natural"]
         source = paper if paper is not None else row
         out.append({"method": source["method"] + ("*" if printed["cited"] == "yes" else ""), "attack": source["attack"] or "none",
-                    "architecture in the paper": printed["architecture"] or ("not given" if paper is not None else "not in the paper"),
+                    "architecture in the paper": printed["architecture"] or "not given",
                     "paper natural": printed["natural"] or "not given", "paper robust": printed["robust"] or "not given",
                     "natural here, %": in_words(measured["natural"]), "robust here, %": in_words(measured["robust"]),
                     "n": found["n"] if found else "not run",
@@ -198,7 +199,6 @@ def audit(runs, *, defence="LGAP", stronger=(), eps_sweep=(), eps_zero=None, dou
     that falls to the weaker may stand, in every draw, under the stronger. eps_sweep: names by rising eps. eps_zero: a run at
     eps 0. doubled: names of a run and of the same with twice the steps.
     """
-    from .attacks import Attack
     own = {name: rows[rows["defence"] == defence] for name, (_, rows) in runs.items()}
     right = {name: rows.assign(right=rows["adversarial"] == rows["label"]).groupby("index")["right"] for name, rows in own.items()}
     checks = []
@@ -235,7 +235,7 @@ def audit(runs, *, defence="LGAP", stronger=(), eps_sweep=(), eps_zero=None, dou
         alone = "" if wrong.empty else f"; {len(wrong)} fall to the weaker alone, e.g. image {wrong.index[0]}"
         check(what, None if pair.empty else wrong.empty, kept + alone)
     for name, (attack, _) in runs.items():
-        if type(attack) is not Attack:
+        if attack.foreign:
             check(f"{name}: the attack's own flags", None, f"{type(attack).__name__} is not ours: what it notes is its affair")
         elif attack.optimiser == "pgd" and attack.eps_255 > 0:
             bad, steps = own[name].groupby("index")["bad_gradients"].first(), attack.n_steps * attack.n_restarts

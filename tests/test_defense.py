@@ -241,8 +241,8 @@ def test_checkpointing_leaves_the_gradient_as_it_is(exact, wide):
     assert recomputed.flatten(1).abs().amax(1).min() > 0
 
 
-@pytest.mark.parametrize("later", [{"num_inference_steps": 25}, {"strength": 0.1}, {"guidance_scale": 1.0}, {"vae_input": "clip"},
-                                   {"vae_sample": False}, {"time_grid": "diffusers"}])
+@pytest.mark.parametrize("later", [{"num_inference_steps": 25}, {"guidance_scale": 1.0}, {"vae_input": "clip"},
+                                   {"vae_sample": False}])
 def test_the_gradient_is_that_of_the_settings_it_was_built_with(exact, wide, later):
     """The backward pass recomputes: also where the defence has meanwhile been looked at under other settings, or still is."""
     x, direction = wide

@@ -49,8 +49,8 @@ CAPTIONS = ["a red cat", "a photo of a dog", "a cat and a dog", "nothing at all"
 
 
 def test_a_caption_alone_is_right_where_it_names_one_class_and_that_the_true_one():
-    rows = pd.concat([rows_of([[1]] * 4, defence=name) for name in ("LGAP", "other")])
-    rows = rows.assign(caption=CAPTIONS * 2, caption_clean=CAPTIONS[::-1] * 2)
+    rows = pd.concat([rows_of([[1, 0]] * 4, defence=name) for name in ("LGAP", "other")])
+    rows = rows.assign(caption=[c for c in CAPTIONS for _ in range(2)] * 2, caption_clean=[c for c in CAPTIONS[::-1] for _ in range(2)] * 2)
     found = report.caption_readers(rows, ["cat", "dog"])
     assert list(found["adversarial"]) == [0, 1, -1, -1] and list(found["clean"]) == [-1, -1, 1, 0]
     assert set(found["defence"]) == {"caption alone"} and len(found) == 4
