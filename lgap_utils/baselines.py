@@ -10,16 +10,26 @@ import io
 import torch
 
 from .defense import LGAP, resize
+from .identity import identity, named
+
+
+def no_caption(x):
+    """The captioner of a purifier that reads no caption: an empty one for each image."""
+    return [""] * len(x)
+
+
+no_caption = named(no_caption, "no caption")
 
 
 class Purifier:
-    """A purifier made of a function of images and keys, with its settings."""
+    """A purifier made of a function of images and keys, with its settings; `made_of`: the purifier that the function uses, if any."""
 
-    def __init__(self, function, random=False, **settings):
-        self.function, self.random, self._settings = function, random, settings
+    def __init__(self, function, random=False, made_of=None, **settings):
+        self.function, self.random, self.made_of, self._settings = function, random, made_of, settings
 
     def settings(self):
-        return self._settings
+        """What it is, by name, and what it is made of; empty where its maker did not say."""
+        return self._settings | ({"made_of": identity(self.made_of)} if self._settings and self.made_of else {})
 
     def __call__(self, x, captions, keys):
         return self.function(x, keys)
@@ -65,8 +75,7 @@ def vae_round_trip(purifier):
     def function(x, keys):
         working = purifier.resize(x.to(purifier.device, torch.promote_types(purifier.dtype, torch.float32)), (purifier.size, purifier.size))
         return purifier.resize(purifier.decode(purifier.encode(working, keys)), x.shape[-2:]).to(x)
-    names = ("size", "vae_sample", "antialias", "vae_input", "dtype")
-    return Purifier(function, random=purifier.vae_sample, purifier="VAE round trip", **{n: purifier.settings()[n] for n in names})
+    return Purifier(function, random=purifier.vae_sample, made_of=purifier, purifier="VAE round trip")
 
 
 def without_caption(purifier):
@@ -74,8 +83,7 @@ def without_caption(purifier):
     def function(x, keys):
         with purifier.using(guidance_scale=1.0):
             return purifier(x, [""] * len(x), keys)
-    settings = purifier.settings() | {"purifier": "no caption", "guidance_scale": 1.0}
-    return Purifier(function, random=True, **settings)
+    return Purifier(function, random=True, made_of=purifier, purifier="no caption", guidance_scale=1.0)
 
 
 def beside(defense, side):
@@ -89,4 +97,4 @@ def beside(defense, side):
 
 def instead(defense, purifier):
     """The same classifier behind another purifier; nothing is captioned, as none of these reads."""
-    return LGAP(lambda x: [""] * len(x), purifier, defense.classifier, defense.classes, defense.input_size)
+    return LGAP(no_caption, purifier, defense.classifier, defense.classes, defense.input_size)

@@ -15,8 +15,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from .identity import config_digest, digest, tokenizer_digest
 from .keyed import Keys
 from .profiles import denoising_steps
+
+METHOD = 3      # of everything that decides a row: raise it with any change of a result (tests/test_golden.py), and old rows are refused
 
 
 def check_images(x):
@@ -110,8 +113,12 @@ class LatentPurifier(nn.Module):
         return len(times) * (2 if self.guidance_scale != 1 else 1)
 
     def settings(self):
-        """What defines the purification, by name."""
-        return {name: getattr(self, name) for name in self.SETTINGS} | {"dtype": str(self.dtype).removeprefix("torch.")}
+        """What defines the purification, by name; networks, scheduler and tokenizer by digests of their configurations."""
+        made_of = (self.vae, self.unet, self.text_encoder, self.scheduler)
+        return {name: getattr(self, name) for name in self.SETTINGS} | {
+            "name": "latent diffusion", "dtype": str(self.dtype).removeprefix("torch."),
+            "networks and scheduler": digest([[type(part).__name__, config_digest(part.config)] for part in made_of]),
+            "tokenizer": tokenizer_digest(self.tokenizer)}
 
     @contextlib.contextmanager
     def using(self, **settings):

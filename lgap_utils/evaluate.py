@@ -1,148 +1,50 @@
-"""Runs that survive: rows per image in a folder that belongs to one configuration; resuming is doing what is missing."""
+"""Attacks on a defence, scored image by image; and purified images. Both are rows that are kept and taken up again."""
 from __future__ import annotations
 
-import ast
-import functools
-import hashlib
-import io
-import json
-import os
 import re
 import time
+import uuid
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from .attacks import NATURAL, Attack, Record, blocks, gradient
-from .defense import check_images
-from .files import write_whole
+from .attacks import NATURAL, Attack, Record, blocks, check_counts, gradient
+from .defense import LGAP, METHOD, check_images
+from .files import one_writer
+from .identity import digest, identity, unnamed_in
 from .keyed import Keys
 from .memory import Room, in_parts
+from .rows import Rows, known_images
 
-# ---------------------------------------------------------------- rows on disk
+
+def described(defense):
+    """What a defence is, as plain data: the identity of each of its parts, and the size that it classifies at."""
+    parts = {part: identity(getattr(defense, part)) for part in ("captioner", "purifier", "classifier")}
+    if type(defense) is not LGAP:           # a subclass may purify or classify in its own way
+        parts["defence"] = identity(defense) | {"weights": None}
+    return parts | {"input_size": defense.input_size}
 
 
-class Rows:
-    """A folder of parquet shards, each written whole or not at all, that belongs to one configuration.
+def rows_of(folder, slug, config, parts, key=("index",), also=()):
+    """`Rows` in folder/slug where every part says what it is; else in a folder of their own below folder/unnamed, with a word.
 
-    `key` names the columns that tell rows apart, the image's index first. Raises ValueError, naming what differs, if the
-    folder belongs to another configuration.
+    parts: {name: `described` defence}; also: what else does not say what it is.
     """
-
-    def __init__(self, folder, config, key=("index",)):
-        self.folder, self.key = Path(folder), list(key)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        config = json.loads(json.dumps(config, sort_keys=True))
-        self.owner = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
-        file = self.folder / "config.json"
-        if file.exists():
-            try:
-                there = json.loads(file.read_text())
-            except ValueError:
-                raise ValueError(f"{file} is not JSON, so nobody knows whose rows lie beside it; move the folder away") from None
-            if changed := difference(there, config):
-                raise ValueError(f"{self.folder} holds rows of another configuration ({'; '.join(changed)}); "
-                                 "move or delete it, or set LGAP_OUTPUTS to another folder")
-            config = there                          # equal, but 8 may be written 8.0
-            self.owner = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
-        else:
-            write_whole(file, json.dumps(config, indent=1, sort_keys=True).encode())
-
-    def read(self):
-        """All rows in the order of their key. A shard that is torn, of another configuration, or that repeats rows is set
-        aside with a message, and its images count as missing."""
-        import pyarrow.parquet as pq
-        shards, seen = [], set()
-        for path in sorted(self.folder.glob("*.parquet")):
-            try:
-                table = pq.read_table(path, page_checksum_verification=True)
-                frame = table.to_pandas()
-                mine, kept = set(frame[self.key].itertuples(index=False, name=None)), table.schema.metadata or {}
-                if kept.get(b"lgap_digest", b"").decode() != _digest(frame):
-                    raise ValueError("its rows are not those that were written")
-            except Exception as error:  # whatever a broken file makes the reader raise
-                self._set_aside(path, "broken", f"is not a whole shard ({type(error).__name__})")
-                continue
-            if kept.get(b"lgap_owner") != self.owner.encode():
-                self._set_aside(path, "foreign", "belongs to another configuration")
-            elif len(mine) != len(frame) or mine & seen:
-                self._set_aside(path, "duplicate", "repeats rows that another shard has")
-            else:
-                seen |= mine
-                shards.append(frame)
-        if not shards:
-            return pd.DataFrame({name: pd.Series(dtype=np.int64 if name == "index" else object) for name in self.key})
-        return pd.concat(shards, ignore_index=True).sort_values(self.key, ignore_index=True)
-
-    def _set_aside(self, path, kind, why):
-        aside = path.with_suffix(f".{kind}")
-        os.replace(path, aside)
-        print(f"{path.name} {why}; kept as {aside.name}, images that are in no other shard run again")
-
-    def write(self, rows):
-        """Add one shard."""
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-        frame, buffer = pd.DataFrame(rows), io.BytesIO()
-        table = pa.Table.from_pandas(frame, preserve_index=False)
-        marks = {b"lgap_owner": self.owner.encode(), b"lgap_digest": _digest(frame).encode()}
-        pq.write_table(table.replace_schema_metadata({**(table.schema.metadata or {}), **marks}), buffer, write_page_checksum=True)
-        name = hashlib.blake2b(str(sorted(set(frame["index"]))).encode(), digest_size=6).hexdigest()
-        write_whole(self.folder / f"{frame['index'].min():06d}-{name}.parquet", buffer.getvalue())
+    if not (unnamed := [*unnamed_in(parts), *also]):
+        return Rows(Path(folder) / slug, config, key)
+    place = Path(folder) / "unnamed" / f"{slug}-{digest(config)}"
+    if not place.exists():
+        print(f"{unnamed[0]} has no settings() of its own and cannot be told from another one: its rows serve this process alone, in "
+              f"{place}. To have them resumed, say what it is: lgap_utils.identity.named(part, 'a name', sigma=0.9)", flush=True)
+    return Rows(place, config, key)
 
 
-def _digest(frame):
-    """Of a frame's names and values. Parquet's own checksums cover pages of values, but not the names of the columns."""
-    values = pd.util.hash_pandas_object(frame, index=False).to_numpy().tobytes()
-    return hashlib.blake2b(str(list(frame)).encode() + values, digest_size=16).hexdigest()
-
-
-def difference(there, here, at=""):
-    if isinstance(there, dict) and isinstance(here, dict):
-        return [d for k in sorted(there.keys() | here.keys()) for d in difference(there.get(k), here.get(k), f"{at}.{k}" if at else k)]
-    return [] if there == here else [f"{at}: there {there!r}, here {here!r}"]
-
-
-@functools.cache
-def method_version():
-    """A digest of the code that decides a row, whatever its comments and layout: rows of another method are not mixed in."""
-    files = [Path(__file__).parent / f"{name}.py" for name in ("keyed", "defense", "attacks", "baselines")]
-    code = [ast.dump(ast.parse(file.read_text())) for file in files]
-    return hashlib.blake2b("".join(code).encode(), digest_size=6).hexdigest()
-
-
-def image_digests(pixels):
-    """A short digest of each image: a row is tied to the pixels that it was computed from."""
-    return [hashlib.blake2b(image.tobytes(), digest_size=8).hexdigest() for image in pixels.numpy()]
-
-
-def done_of(rows, digests):
-    """The indices that rows holds. Raises ValueError if one of them is of another image than digests, {index: digest}, has at hand."""
-    table = rows.read()
-    known = table[table["index"].isin(list(digests))]
-    image = known.get("image", pd.Series("", known.index))              # no row, or rows that do not say
-    if (other := image != known["index"].map(digests)).any():
-        raise ValueError(f"{rows.folder}: image {known['index'][other].iloc[0]} is not the one at hand, so these are rows of other "
-                         "images; move or delete the folder, or set LGAP_OUTPUTS to another one")
-    return set(table["index"])
-
-
-def state_digest(module):
-    """Short digest of a module's parameters and buffers, so that a fine-tuned classifier is not taken for its start."""
-    digest = hashlib.blake2b(digest_size=8)
-    for name, value in module.state_dict().items():
-        digest.update(name.encode() + value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def identity(part):
-    """What a captioner, purifier or classifier is, as far as it can be told: its settings or name, and a digest of its weights."""
-    named = f"{getattr(part, '__module__', '')}.{getattr(part, '__qualname__', type(part).__name__)}"
-    digest = state_digest(part) if isinstance(part, torch.nn.Module) else None
-    return {"is": part.settings() if hasattr(part, "settings") else named, "weights": digest}
+def slug(name):
+    """A folder's name for an attack's; letters that are not ASCII's are told apart by a digest."""
+    plain = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    return plain if plain and name.isascii() else f"{plain or 'attack'}-{digest(name)[:6]}"
 
 
 # ---------------------------------------------------------------- attacks, scored
@@ -157,15 +59,12 @@ class Evaluation:
     """
 
     def __init__(self, defenses, images, folder, *, config, n_draws=1, seed=0, batch_size=64):
+        check_counts(n_draws=n_draws, batch_size=batch_size)
         self.defenses, self.images, self.folder = dict(defenses), images, Path(folder)
         self.target = next(iter(self.defenses.values()))
         self.device = next((p.device for p in self.target.parameters()), torch.device("cpu"))
         self.n_draws, self.seed, self.room = n_draws, seed, Room(batch_size, self.device)
-        parts = {name: {part: identity(getattr(d, part)) for part in ("captioner", "purifier", "classifier")} | {"input_size": d.input_size}
-                 for name, d in self.defenses.items()}
-        self.pixels = dict(zip(images.indices.tolist(), image_digests(images.pixels)))
-        self.config = {**config, "target": next(iter(parts)), "defences": parts, "n_draws": n_draws, "seed": seed,
-                       "method": method_version()}
+        self.given, self.token, self.known = config, uuid.uuid4().hex, known_images(images)
 
     def run(self, attack, indices=None):
         """A DataFrame with a row per image, defence and draw, computed where it is missing and kept.
@@ -173,6 +72,7 @@ class Evaluation:
         indices: which images, by dataset index; None for all. Columns: index, label, defence, draw, clean, adversarial (the
         labels predicted), caption_clean, caption (of the adversarial image), linf and inside (the threat model), broke_at,
         bad_gradients, flags (see attacks.Record), seconds (per image), and the attack's name, eps_255, n_steps, n_eot, success.
+        Where another process writes into the same folder, it is waited for, and what it did is not done again.
         """
         if not isinstance(attack, Attack):
             raise TypeError(f"attack: got {attack!r}, expected an attacks.Attack; for one of your own, a subclass with another __call__")
@@ -183,21 +83,37 @@ class Evaluation:
         if not wanted or len(set(wanted)) != len(wanted):
             raise ValueError(f"indices: {'an image is named twice' if wanted else 'no image is named'}; expected each once")
         natural = None if attack == NATURAL else self.run(NATURAL, wanted)
-        rows = Rows(self.folder / re.sub(r"[^a-z0-9]+", "-", attack.name.lower()).strip("-"),
-                    {**self.config, "attack": attack.settings()}, ("index", "defence", "draw"))
-        done = done_of(rows, self.pixels)
-        todo = [i for i in wanted if i not in done]
-        if attack.block > 1:
-            todo = self._whole_blocks(attack.block, todo, places)
-        if todo:
-            self._compute(attack, [places[i] for i in todo], rows)
-        table = rows.read()
-        table = table[table["index"].isin(wanted)].reset_index(drop=True)
+        rows = self.rows(attack)
+        if set(wanted) - rows.done(self.known):
+            with one_writer(rows.folder, wait=True):
+                done = rows.done(self.known)                # somebody else may have done some meanwhile
+                todo = [i for i in wanted if i not in done]
+                if attack.block > 1:
+                    todo = self._whole_blocks(attack.block, todo, places)
+                if todo:
+                    self._compute(attack, [places[i] for i in todo], rows)
+        table = rows.wanted(wanted, sum(self.draws_of(defense) for defense in self.defenses.values()))
         if natural is not None:
             table = table.merge(natural[[*rows.key, "clean", "caption_clean"]], on=rows.key, validate="1:1")
         else:
             table = table.assign(clean=table["adversarial"], caption_clean=table["caption"])
         return table.assign(attack=attack.name, eps_255=attack.eps_255, n_steps=attack.n_steps, n_eot=attack.n_eot, success=attack.success)
+
+    def rows(self, attack):
+        """The kept `Rows` of an attack: those of this configuration, with everything that a row depends on."""
+        parts = {name: described(defense) for name, defense in self.defenses.items()}
+        config = {**self.given, "target": next(iter(parts)), "defences": parts, "n_draws": self.n_draws, "seed": self.seed,
+                  "method": METHOD, "attack": attack.settings()}
+        also = []
+        if unnamed_in(parts):
+            config["process"] = self.token
+        if attack.foreign and "settings" not in vars(type(attack)):     # its code may be another by the next run
+            config["process"], also = uuid.uuid4().hex, [f"the attack {attack.name!r} ({type(attack).__qualname__})"]
+        return rows_of(self.folder, slug(attack.name), config, parts, ("index", "defence", "draw"), also)
+
+    def draws_of(self, defense):
+        """By how many draws an image is judged under a defence: one where the purifier draws no noise."""
+        return self.n_draws if getattr(defense.purifier, "random", True) else 1
 
     @staticmethod
     def _whole_blocks(block, todo, at_hand):
@@ -221,28 +137,46 @@ class Evaluation:
         steps = attack.n_steps * attack.n_restarts if attack.optimiser == "pgd" else 1
         with tqdm(total=len(todo) * steps, desc=attack.name, unit="step", mininterval=2) as bar:
             for done, part in enumerate(shards):
-                began = time.perf_counter()
-                record = Record([-1] * len(part), [0] * len(part), [""] * len(part))        # for an attack that fills in nothing
-                x, y = self.images[part].x.to(self.device), self.images.labels[part]
-                indices = self.images.indices[part]
-                adv = attack(self.target, x, y, Keys(indices, self.seed, "attack"), batch_size=self.room, record=record,
-                             progress=bar.update)
-                linf = (adv - x).abs().flatten(1).amax(1)
-                inside = (linf <= attack.eps_255 / 255 + 1e-6) & (adv.flatten(1).amin(1) >= 0) & (adv.flatten(1).amax(1) <= 1)
-                scored = {name: self.score(defense, adv, indices) for name, defense in self.defenses.items()}
-                each = (time.perf_counter() - began) / len(part)
-                rows.write([{"index": int(indices[k]), "image": self.pixels[int(indices[k])], "label": int(y[k]), "defence": name,
-                             "draw": draw, "adversarial": prediction, "caption": captions[k], "linf": float(linf[k]),
-                             "inside": bool(inside[k]), "broke_at": int(record.broke_at[k]),
-                             "bad_gradients": int(record.bad_gradients[k]), "flags": record.flags[k], "seconds": each}
-                            for name, (captions, predictions) in scored.items() for k in range(len(part))
-                            for draw, prediction in enumerate(predictions[k])])
+                rows.write(self._shard(attack, self.images[part], bar.update))
                 bar.n, _ = sum(map(len, shards[:done + 1])) * steps, bar.refresh()         # images that broke early took fewer steps
+
+    def _shard(self, attack, images, progress):
+        """The rows of a few images, attacked together."""
+        began, n = time.perf_counter(), len(images)
+        record = Record([-1] * n, [0] * n, [""] * n)                    # for an attack that fills in nothing
+        x, y, indices = images.x.to(self.device), images.labels, images.indices
+        # clones, as an attack may work in place: its distance is that from the images as they were
+        adv = attack(self.target, x.clone(), y.clone(), Keys(indices, self.seed, "attack"), batch_size=self.room, record=record,
+                     progress=progress)
+        adv = self._checked(attack, adv, x, indices)
+        linf = (adv - x).abs().flatten(1).amax(1)
+        inside = (linf <= attack.eps_255 / 255 + 1e-6) & (adv.flatten(1).amin(1) >= 0) & (adv.flatten(1).amax(1) <= 1)
+        scored = {name: self.score(defense, adv, indices) for name, defense in self.defenses.items()}
+        each = (time.perf_counter() - began) / n
+        out = []
+        for name, (captions, predictions) in scored.items():
+            for k, index in enumerate(indices.tolist()):
+                row = {"index": index, "image": self.known[index][0], "label": int(y[k]), "defence": name}
+                found = {"caption": captions[k], "linf": float(linf[k]), "inside": bool(inside[k]), "broke_at": int(record.broke_at[k]),
+                         "bad_gradients": int(record.bad_gradients[k]), "flags": record.flags[k], "seconds": each}
+                out += [{**row, "draw": draw, "adversarial": label, **found} for draw, label in enumerate(predictions[k])]
+        return out
+
+    @staticmethod
+    def _checked(attack, adv, x, indices):
+        """An attack's images, detached. Raises TypeError or ValueError where they cannot be scored."""
+        if not isinstance(adv, torch.Tensor) or adv.shape != x.shape:
+            raise TypeError(f"attack {attack.name!r}: it gave {list(getattr(adv, 'shape', [])) or type(adv).__name__}, "
+                            f"expected a tensor of images {list(x.shape)}")
+        adv = adv.detach().to(x)
+        if (bad := ~torch.isfinite(adv).flatten(1).all(1)).any():
+            raise ValueError(f"attack {attack.name!r}: its image {int(indices[int(bad.nonzero()[0])])} holds NaN or inf")
+        return adv
 
     @torch.no_grad()
     def score(self, defense, x, indices):
         """(captions, labels predicted [n][draws]) of images under a defence; one caption per image, one label per draw."""
-        n_draws = self.n_draws if getattr(defense.purifier, "random", True) else 1
+        n_draws = self.draws_of(defense)
 
         def part(p):
             said, keys = defense.caption(x[p]), Keys(indices[p], self.seed).at([0] * len(x[p]), n_draws)
@@ -258,7 +192,7 @@ class Evaluation:
     def plan(self, attack, n):
         """What running `attack` on n images will take: {"text", "purifications", "seconds", "cost" (purifications per image)}."""
         forward, backward = attack.purifications()
-        draws = [self.n_draws if getattr(d.purifier, "random", True) else 1 for d in self.defenses.values()]
+        draws = [self.draws_of(defense) for defense in self.defenses.values()]
         purifications = n * (forward + backward + sum(draws))
         few = self.images[:min(len(self.images), self.room.size)]
         with torch.no_grad():
@@ -294,21 +228,37 @@ class Evaluation:
 def purify_rows(defense, images, folder, *, config, x=None, seed=0, batch_size=64, title="purify"):
     """Caption, purify and classify: a DataFrame with a row per image, computed once and kept in `folder`.
 
-    images: `data.Images`; x: what to purify in their place, e.g. adversarial versions [n, 3, h, w], which `config` must tell
-    apart: attacked anew they need not be the same to the last bit. Columns: index,
+    images: `data.Images`; x: what to purify in their place, e.g. adversarial versions [n, 3, h, w]. `config`, a dict, must then
+    say which, under "attack": attacked anew, images need not be the same to the last bit. Columns: index,
     image (a digest of the one in images), label, caption, undefended and prediction (labels before and after purification),
     linf (how far x is from the image), purified (uint8 pixels as bytes, [3, h, w]), seconds (per image). Raises ValueError
-    where rows of the folder belong to other images.
+    where rows of the folder belong to other images, another defence, seed or `config`.
     """
     clean = images.x
+    if x is not None and not config.get("attack"):
+        raise ValueError("x: whose images these are cannot be told from their rows; say it, as in attack=attack.settings()")
     x = clean if x is None else x
     check_images(x)
     if x.shape != clean.shape:
         raise ValueError(f"x: got shape {list(x.shape)} for images of shape {list(clean.shape)}")
-    rows, digests = Rows(folder, config), dict(zip(images.indices.tolist(), image_digests(images.pixels)))
-    done = done_of(rows, digests)
-    todo = [i for i, index in enumerate(digests) if index not in done]
+    parts = {"LGAP": described(defense)}
+    config = {**config, "defence": parts["LGAP"], "seed": seed, "method": METHOD}
+    if unnamed_in(parts):
+        config["process"] = uuid.uuid4().hex
+    folder = Path(folder)
+    rows, known = rows_of(folder.parent, folder.name, config, parts), known_images(images)
+    if set(known) - rows.done(known):
+        with one_writer(rows.folder, wait=True):
+            done = rows.done(known)
+            todo = [i for i, index in enumerate(known) if index not in done]
+            _purify(defense, images, x, todo, rows, known, seed, batch_size, title)
+    return rows.wanted(list(known), 1)
+
+
+def _purify(defense, images, x, todo, rows, known, seed, batch_size, title):
+    """Purify x at the places `todo` and write a shard for each batch."""
     device = next((p.device for p in defense.parameters()), torch.device("cpu"))
+    linf = (x - images.x).abs().flatten(1).amax(1)
 
     @torch.no_grad()
     def purify(p):
@@ -319,15 +269,17 @@ def purify_rows(defense, images, folder, *, config, x=None, seed=0, batch_size=6
         before, after = (defense.classify(b).argmax(1).tolist() for b in (batch, purified))
         pixels = (purified.cpu().clamp(0, 1) * 255).round().to(torch.uint8)
         each = (time.perf_counter() - began) / len(part)
-        rows.write([{"index": int(images.indices[i]), "image": digests[int(images.indices[i])], "label": int(images.labels[i]),
-                     "caption": captions[k], "undefended": before[k], "prediction": after[k], "linf": float((x[i] - clean[i]).abs().max()),
-                     "purified": pixels[k].numpy().tobytes(), "seconds": each} for k, i in enumerate(part)])
+        shard = []
+        for k, i in enumerate(part):
+            index = int(images.indices[i])
+            shard.append({"index": index, "image": known[index][0], "label": int(images.labels[i]), "caption": captions[k],
+                          "undefended": before[k], "prediction": after[k], "linf": float(linf[i]),
+                          "purified": pixels[k].numpy().tobytes(), "seconds": each})
+        rows.write(shard)
         bar.update(len(part))
 
     with tqdm(total=len(images), initial=len(images) - len(todo), desc=title, mininterval=2) as bar:
         in_parts(purify, len(todo), Room(batch_size, device))
-    table = rows.read()
-    return table[table["index"].isin(images.indices.tolist())].reset_index(drop=True)
 
 
 def purified_pixels(rows, shape):

@@ -17,10 +17,25 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .defense import LGAP, LatentPurifier
-from .evaluate import Evaluation, difference, identity, method_version, purified_pixels, purify_rows, state_digest
-from .files import CheckpointError, check, downloads, locate, locked, offline, sha256, snapshot, verify, write_checksums, write_whole
+from .defense import LGAP, METHOD, LatentPurifier
+from .evaluate import Evaluation, described, purified_pixels, purify_rows
+from .files import (
+    CheckpointError,
+    check,
+    downloads,
+    locate,
+    locked,
+    offline,
+    one_writer,
+    sha256,
+    snapshot,
+    verify,
+    write_checksums,
+    write_whole,
+)
+from .identity import config_digest, digest, identity, named, state_digest, tokenizer_digest
 from .profiles import REVISIONS, ROOT, Profile, get_profile
+from .rows import difference
 
 
 def device_of(device=None):
@@ -90,8 +105,11 @@ class Captioner(nn.Module):
         self.search = {"num_beams": num_beams, "max_length": max_length, "min_length": min_length}
 
     def settings(self):
-        """The numbers that define the captions, by name."""
-        return {"prompt": self.prompt, **self.search}
+        """What defines the captions, by name; network, processor and tokenizer by digests of their configurations."""
+        configs = (self.model.config, self.model.generation_config, self.processor.image_processor)
+        return {"name": "BLIP", "prompt": self.prompt, **self.search,
+                "network and processor": digest([[type(self.model).__name__], *map(config_digest, configs)]),
+                "tokenizer": tokenizer_digest(self.processor.tokenizer)}
 
     def pixel_values(self, x):
         """The processor's resize and normalisation; images are in [0, 1] already, so it must not divide by 255 again."""
@@ -245,15 +263,17 @@ def load_classifier(name, *, device=None):
     """A saved classifier's folder, or "robustbench:DATASET/THREAT/NAME": images in [0, 1] -> logits. Raises CheckpointError."""
     with _loading("classifier", name):
         if name.startswith("robustbench:"):
-            net = _load_robustbench(*_robustbench_entry(name))
+            net, config = _load_robustbench(*_robustbench_entry(name)), {"architecture": name}
         else:
             from safetensors.torch import load_file
             folder = locate(name)
             if folder is None:
                 raise CheckpointError(f"{name!r}: no such folder, and no robustbench:DATASET/THREAT/NAME")
             verify(folder)
-            net = new_classifier(**json.loads((folder / "config.json").read_text()))
+            config = json.loads((folder / "config.json").read_text())
+            net = new_classifier(**config)
             net.load_state_dict(load_file(folder / "model.safetensors"))
+    net = named(net, "classifier", **config)
     return net.eval().requires_grad_(False).to(device_of(device), memory_format=torch.channels_last)
 
 
@@ -359,19 +379,14 @@ def weights(profile):
         (profile.diffusion, profile.diffusion_revision, diffusion_files(profile.variant)), (profile.classifier, None, ("*",)))}
 
 
-def configuration(profile, defense):
-    """What rows depend on: settings of captioner and purifier, seed, data set and checksums of all weights."""
-    # a user's own callable has no settings; its name has to stand for them
-    named = lambda part: getattr(part, "__qualname__", type(part).__name__)
-    settings = lambda part: part.settings() if hasattr(part, "settings") else named(part)
-    classifier = state_digest(defense.classifier) if isinstance(defense.classifier, nn.Module) else named(defense.classifier)
-    return {"dataset": profile.dataset, "seed": profile.seed, "weights": weights(profile), "classifier": classifier,
-            "captioner": settings(defense.captioner), "purifier": settings(defense.purifier)}
+def configuration(profile):
+    """What rows depend on beside the defence, the attack and the images, which tell what they are themselves."""
+    return {"dataset": profile.dataset}
 
 
 def evaluation(profile, folder, defenses, images):
     """An `evaluate.Evaluation` of {name: LGAP} on `images` with the profile's sizes, its rows below outputs/PROFILE/rows."""
-    return Evaluation(defenses, images, profile.outputs / "rows" / folder, config=configuration(profile, next(iter(defenses.values()))),
+    return Evaluation(defenses, images, profile.outputs / "rows" / folder, config=configuration(profile),
                       n_draws=profile.n_draws, seed=profile.seed, batch_size=profile.batch_size)
 
 
@@ -393,43 +408,67 @@ def rivals(profile, defense, images, attack, folder):
 
 
 def purified(profile, defense, images, name, x=None, **extra):
-    """Rows of purified images (see evaluate.purify_rows), computed once and kept in outputs/PROFILE/rows/`name`."""
+    """Rows of purified images (see evaluate.purify_rows), computed once and kept in outputs/PROFILE/rows/`name`.
+
+    x: what to purify in place of the images; `attack=attack.settings()` must then say how it was made.
+    """
     return purify_rows(defense, images, profile.outputs / "rows" / name, x=x, seed=profile.seed, batch_size=profile.batch_size,
-                       config=configuration(profile, defense) | {"images": name, "method": method_version(), **extra}, title=name)
+                       config=configuration(profile) | {"images": name, **extra}, title=name)
 
 
 def finetune(profile, defense):
     """Fine-tune the defence's classifier in place on purified training images (paper section 4.1) and save it to profile.finetuned.
 
-    Returns (its learning curve as a list of rows, rows of the purified training images). Each stage goes on where it was.
+    Returns (its learning curve as a list of rows, rows of the purified training images). Each stage goes on where it was. The
+    classifier may start from other weights than the profile's, but must have its architecture, or it could not be loaded again:
+    raises ValueError for another.
     """
+    folder = profile.outputs / "rows" / f"03_finetune_{profile.dataset}"
+    with one_writer(folder, wait=True):
+        return _finetune(profile, defense, folder)
+
+
+def _finetune(profile, defense, folder):
     from . import train
     from .data import load_images
+    record, began_as = profile.finetuned / "finetuning.json", state_digest(defense.classifier)
+    _check_architecture(profile, defense.classifier)
     tuning = load_images(profile.dataset, "train", profile.n_finetune)
     validation = load_images(profile.dataset, "validation", min(profile.n_validation, profile.n_finetune))
     rows = purified(profile, defense, tuning, f"03_train_{profile.dataset}")
     held_out = purified(profile, defense, validation, f"03_validation_{profile.dataset}")
     pixels, pixels_held_out = (purified_pixels(r, tuning.pixels.shape[1:]) for r in (rows, held_out))
-    curve = train.finetune(defense.classifier, pixels, tuning.labels, profile.outputs / "rows" / f"03_finetune_{profile.dataset}",
+    curve = train.finetune(defense.classifier, pixels, tuning.labels, folder,
                            epochs=profile.finetune_epochs, lr=profile.finetune_lr, batch_size=profile.finetune_batch,
                            schedule=profile.finetune_schedule, augment=profile.finetune_augment,
                            x_val=pixels_held_out, y_val=validation.labels, seed=profile.seed)
-    record = profile.finetuned / "finetuning.json"
     record.unlink(missing_ok=True)
     save_classifier_like(defense.classifier, profile.classifier, profile.finetuned)
-    write_whole(record, json.dumps(_finetuning(profile, defense), indent=1, sort_keys=True).encode())      # last: all is there
+    told = json.dumps(_finetuning(profile, defense, began_as), indent=1, sort_keys=True)
+    write_whole(record, told.encode())                              # last: all is there
     return curve, rows
 
 
-def _finetuning(profile, defense):
-    """What a fine-tuned classifier depends on."""
+def _check_architecture(profile, classifier):
+    """Refuse a classifier that `save_classifier_like` would save as one that it is not."""
+    shapes = lambda net: {name: list(value.shape) for name, value in net.state_dict().items()}
+    expected = load_classifier(profile.classifier, device="cpu")
+    if type(classifier) is not type(expected) or shapes(classifier) != shapes(expected):
+        raise ValueError(f"classifier: this {type(classifier).__name__} has not the architecture of {profile.classifier!r}, as which it "
+                         "would be saved; fine-tune it with train.finetune and keep its weights yourself, or save it with "
+                         "models.save_classifier and name that folder as the profile's classifier")
+
+
+def _finetuning(profile, defense, began_as):
+    """What a fine-tuned classifier depends on. began_as: `state_digest` of the classifier that it was made from."""
     how = {name: value for name, value in dataclasses.asdict(profile).items() if "finetune" in name}
-    parts = {part: identity(getattr(defense, part))["is"] for part in ("captioner", "purifier")}
-    return json.loads(json.dumps(how | parts | {"weights": weights(profile)}))
+    parts = {part: identity(getattr(defense, part)) for part in ("captioner", "purifier")}
+    return json.loads(json.dumps(how | parts | {"began as": began_as, "dataset": profile.dataset, "method": METHOD}))
 
 
 def load_finetuned(profile):
-    """The defence of a profile with the classifier that `finetune` left; refused if that was done with other settings.
+    """The defence of a profile with the classifier that `finetune` left; refused if that was done with other settings, or from
+    another classifier than the profile's.
 
     Raises CheckpointError where there is none, ValueError with the difference.
     """
@@ -437,7 +476,8 @@ def load_finetuned(profile):
     if not record.is_file():
         raise CheckpointError(f"{profile.finetuned}: no classifier was fine-tuned for this profile yet; run notebook 03 first")
     defense = load_defense(profile, classifier=profile.finetuned)
-    if changed := difference(json.loads(record.read_text()), _finetuning(profile, defense)):
+    began_as = state_digest(load_classifier(profile.classifier, device="cpu"))
+    if changed := difference(json.loads(record.read_text()), _finetuning(profile, defense, began_as)):
         raise ValueError(f"{profile.finetuned} was fine-tuned with other settings ({'; '.join(changed)}); "
                          "run notebook 03 with these into another LGAP_OUTPUTS, or set them back")
     return defense
@@ -463,8 +503,8 @@ def provenance(profile, defense, images):
     ask = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
     git = subprocess.run(ask, capture_output=True, text=True, check=False) if shutil.which("git") else None
     device = next((p.device for p in defense.parameters()), torch.device("cpu"))
-    return {"profile": profile.name, "settings": dataclasses.asdict(profile), **configuration(profile, defense),
-            "images": images.source,
+    return {"profile": profile.name, "settings": dataclasses.asdict(profile), "weights": weights(profile),
+            "defence": described(defense), "method": METHOD, "images": images.source,
             "versions": {name: version(name) for name in ("torch", "diffusers", "transformers", "robustbench", "pyautoattack", "scipy")},
             "python": platform.python_version(), "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
             "tf32": torch.backends.cudnn.allow_tf32 and device.type == "cuda",

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import math
-import os
 from pathlib import Path
 
 import torch
@@ -16,7 +16,9 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm.auto import tqdm
 
-from .evaluate import state_digest
+from .attacks import check_labels
+from .files import write_whole
+from .identity import state_digest
 from .keyed import generator, seed_of
 
 
@@ -43,14 +45,9 @@ SCHEDULES = {f.__name__: f for f in (one_cycle, steps, constant)}
 
 def save_atomically(obj, path):
     """`torch.save` that leaves either the old file or the new one, never half of one."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    with open(part, "wb") as f:
-        torch.save(obj, f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(part, path)
+    buffer = io.BytesIO()
+    torch.save(obj, buffer)
+    write_whole(Path(path), buffer.getbuffer())
 
 
 def fit(model, loss_of, *, n_steps, lr, folder, seed=0, optimizer="adamw", nesterov=True, weight_decay=0.0, warmup=0.1,
@@ -97,10 +94,11 @@ def fit(model, loss_of, *, n_steps, lr, folder, seed=0, optimizer="adamw", neste
         save_atomically({"model": model.state_dict(), "opt": opt.state_dict(), "step": step, "rows": rows,
                          "average": average, "config": config}, state_file)
         if rows:
-            with open(folder / "log.csv", "w", newline="") as f:
-                writer = csv.DictWriter(f, fieldnames=list(rows[0]))
-                writer.writeheader()
-                writer.writerows(rows)
+            table = io.StringIO(newline="")
+            writer = csv.DictWriter(table, fieldnames=list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+            write_whole(folder / "log.csv", table.getvalue().encode())
 
     model.train()
     bar = tqdm(range(start, n_steps), initial=start, total=n_steps, desc=title or folder.name, mininterval=5)
@@ -222,8 +220,13 @@ def finetune(net, x, y, folder, *, epochs=15, lr=1e-3, batch_size=128, schedule=
 
     x, x_val: purified images, uint8 [n, 3, h, w]; y, y_val: labels [n]. schedule: one of SCHEDULES, of the learning rate.
     augment: crop at random, mirror half. Returns a row an epoch: epoch, loss, accuracy on the images at hand and on
-    (x_val, y_val), which must be no test images. Nothing is selected: the last weights count.
+    (x_val, y_val), which must be no test images. Nothing is selected: the last weights count. Raises TypeError or ValueError
+    where images and labels do not belong together.
     """
+    for what, images, labels in (("x", x, y), ("x_val", x_val, y_val)):
+        if images.dtype != torch.uint8 or images.ndim != 4 or not len(images):
+            raise TypeError(f"{what}: expected images as uint8 [n, 3, h, w], got {images.dtype} {list(images.shape)}")
+        check_labels(labels, len(images))
     device = next(net.parameters()).device
     batches, begins_with = Batches(len(x), batch_size, seed), state_digest(net)
     net.requires_grad_(True)

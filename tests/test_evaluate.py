@@ -17,13 +17,16 @@ import pytest
 import torch
 from PIL import Image
 
-from lgap_utils import baselines, evaluate, report
+from lgap_utils import baselines, evaluate, report, rows
 from lgap_utils.attacks import NATURAL, Attack
 from lgap_utils.baselines import instead
 from lgap_utils.data import Images
 from lgap_utils.defense import LGAP
-from lgap_utils.evaluate import Evaluation, Rows, purified_pixels, purify_rows, write_whole
+from lgap_utils.evaluate import Evaluation, purified_pixels, purify_rows
+from lgap_utils.files import one_writer, write_whole
+from lgap_utils.identity import identity, named
 from lgap_utils.keyed import Keys, generator, seed_of
+from lgap_utils.rows import Rows
 
 SHAPE, N_DRAWS, SEED = (3, 4, 4), 3, 5
 WEIGHTS = torch.randn(10, *SHAPE, generator=generator("weights"))
@@ -37,6 +40,9 @@ def net(x):
 
 def words(x):
     return [f"a picture of {seed_of(*image.flatten().tolist()) % 1000}" for image in x]
+
+
+net, words = named(net, "sums"), named(words, "numbers")
 
 
 class Noisy:
@@ -103,10 +109,50 @@ def test_an_attack_of_ones_own_is_neither_called_nor_resumed_as_pgd(tmp_path):
     run = evaluation(tmp_path)
     table, attack = run.run(Mine("mine")), Mine("mine")
     assert attack.describe() == "Mine; eps 8/255" and set(table["inside"]) == {True} and set(table["broke_at"]) == {-1}
-    with pytest.raises(ValueError, match="attack.is: there 'Mine', here None"):
-        run.run(Attack("mine"))
+    assert run.run(Attack("mine"))["n_steps"].eq(40).all() and shards(tmp_path, "mine")
     with pytest.raises(TypeError, match="attack: got <function .*expected an attacks.Attack"):
         run.run(lambda x, y: x)
+
+
+# ---------------------------------------------------------------- parts that work in place, and attacks that give no images
+
+class InPlace(Attack):
+    settings = lambda self: {"name": self.name}
+
+    def __call__(self, defense, x, y, keys, batch_size=64, record=None, progress=None):
+        y.zero_()
+        return x.add_(2 * self.eps_255 / 255).clamp_(0, 1)
+
+
+def test_an_attack_that_works_in_place_is_measured_from_the_image_as_it_was(tmp_path):
+    table, x = evaluation(tmp_path).run(InPlace("in place", eps_255=8)), some_images().x
+    linf = ((x + 16 / 255).clamp(0, 1) - x).flatten(1).amax(1)
+    assert np.allclose(table.drop_duplicates("index")["linf"], linf) and not table["inside"].any()
+    assert table.drop_duplicates("index")["label"].tolist() == some_images().labels.tolist()
+
+
+@pytest.mark.parametrize("answer, says", [(lambda x: None, "it gave NoneType, expected a tensor of images"),
+                                          (lambda x: x[:1], r"it gave \[1, 3, 4, 4\], expected a tensor of images \[8, 3, 4, 4\]"),
+                                          (lambda x: x / 0, "its image 10 holds NaN or inf")])
+def test_an_attack_that_gives_no_images_is_named(tmp_path, answer, says):
+    class Wrong(Attack):
+        def __call__(self, defense, x, y, keys, **_):
+            return answer(x)
+    with pytest.raises((TypeError, ValueError), match=f"attack 'wrong': {says}"):
+        evaluation(tmp_path).run(Wrong("wrong"))
+
+
+@pytest.mark.parametrize("n_draws", [0, -1, 2.0, True])
+def test_a_number_of_draws_that_is_none_is_refused(tmp_path, n_draws):
+    with pytest.raises(ValueError, match="n_draws=.*: expected a whole number of at least 1"):
+        evaluation(tmp_path, n_draws=n_draws)
+
+
+@pytest.mark.parametrize("names, apart", [(("атака", "攻撃"), True), (("", "?"), True), (("A b", "A  b"), False)])
+def test_attacks_are_told_apart_whatever_their_names_are_written_in(names, apart):
+    first, second = map(evaluate.slug, names)
+    assert first and second and re.fullmatch("[a-z0-9-]+", first + second) and (first != second) == apart
+    assert evaluate.slug("blind PGD-40") == "blind-pgd-40"
 
 
 # ---------------------------------------------------------------- what a row says
@@ -164,6 +210,8 @@ def test_the_plan_counts_what_will_be_purified(tmp_path):
 
 def test_running_out_of_memory_changes_no_row(unbroken, tmp_path):
     class Small(Noisy):
+        settings = lambda self: {"class": "Noisy", "strength": self.strength}
+
         def __call__(self, x, captions, keys):
             if len(keys) > 2:
                 raise torch.OutOfMemoryError("CUDA out of memory.")
@@ -221,10 +269,18 @@ def test_images_that_are_not_at_hand_or_named_twice_are_refused(tmp_path, indice
 
 # ---------------------------------------------------------------- whose rows they are
 
+class Sharp(Noisy):
+    """Another purifier whose settings are the same."""
+
+    def settings(self):
+        return super().settings()
+
+
 @pytest.mark.parametrize("changed, says", [
     ({"seed": 6}, "seed: there 5, here 6"), ({"n_draws": 2}, "n_draws: there 3, here 2"),
     ({"config": {"weights": "2"}}, "weights: there '1', here '2'"),
     ({"purifier": Noisy(0.2)}, "defences.LGAP.purifier.is.strength: there 0.1, here 0.2"),
+    ({"purifier": Sharp()}, "defences.LGAP.purifier.is.class: there 'Noisy', here 'Sharp'"),
 ])
 def test_rows_of_another_configuration_are_refused_and_the_difference_is_named(copied, changed, says):
     before = {path: path.read_bytes() for path in copied.rglob("*.*")}
@@ -239,14 +295,14 @@ def test_rows_of_another_attack_target_or_method_are_refused(copied, monkeypatch
     other = evaluation(copied)
     with pytest.raises(ValueError, match="target: there 'LGAP', here 'undefended'"):
         Evaluation(dict(reversed(other.defenses.items())), other.images, copied, config={"weights": "1"}, n_draws=3, seed=5).run(ATTACK)
-    monkeypatch.setattr(evaluate, "method_version", lambda: "older")
-    with pytest.raises(ValueError, match="method: there '.*', here 'older'"):
+    monkeypatch.setattr(evaluate, "METHOD", 2)
+    with pytest.raises(ValueError, match="method: there 3, here 2"):
         evaluation(copied).run(ATTACK)
 
 
 def test_another_classifier_or_another_image_of_the_same_index_is_refused(copied):
-    mine, other = evaluation(copied), torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 10))
-    with pytest.raises(ValueError, match="defences.LGAP.classifier.is: there '.*net', here '.*Sequential'"):
+    mine, other = evaluation(copied), named(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 10)), "linear")
+    with pytest.raises(ValueError, match="defences.LGAP.classifier.is.name: there 'sums', here 'linear'"):
         Evaluation({name: LGAP(words, d.purifier, other) for name, d in mine.defenses.items()}, mine.images, copied,
                    config={"weights": "1"}, n_draws=N_DRAWS, seed=SEED).run(ATTACK)
     changed = dataclasses.replace(mine.images, pixels=mine.images.pixels.clone())
@@ -255,15 +311,6 @@ def test_another_classifier_or_another_image_of_the_same_index_is_refused(copied
     with pytest.raises(ValueError, match="image 16 is not the one at hand.*rows of other images"):
         evaluation(copied, changed).run(ATTACK)
     assert sorted(copied.rglob("*.parquet")) == held
-
-
-def test_weights_that_were_trained_further_are_another_classifier():
-    net = torch.nn.Linear(2, 2)
-    before = evaluate.identity(net)
-    assert evaluate.identity(net) == before
-    with torch.no_grad():
-        net.bias[0] += 1e-6
-    assert evaluate.identity(net)["weights"] != before["weights"] and evaluate.identity(net)["is"] == before["is"]
 
 
 def test_a_number_may_be_written_in_two_ways(unbroken, copied):
@@ -337,8 +384,7 @@ def test_a_shard_that_is_there_twice_counts_once(unbroken, copied, capsys, name)
     shutil.copy(shards(copied)[1], shards(copied)[1].with_name(name))
     purifier = Noisy()
     assert same(evaluation(copied, purifier=purifier).run(ATTACK), unbroken[1]) and not purifier.keys
-    assert "repeats rows that another shard has" in capsys.readouterr().out
-    assert len(shards(copied)) == 4 and len(list(copied.rglob("*.duplicate"))) == 1
+    assert "kept as" not in capsys.readouterr().out and len(shards(copied)) == 5
 
 
 def test_no_flipped_bit_changes_a_row_unseen(copied, capsys):
@@ -346,7 +392,7 @@ def test_no_flipped_bit_changes_a_row_unseen(copied, capsys):
     shard, *others = shards(copied)
     for other in others:
         other.unlink()
-    rows = Rows(shard.parent, evaluation(copied).config | {"attack": ATTACK.settings()}, ("index", "defence", "draw"))
+    rows = evaluation(copied).rows(ATTACK)
     whole, expected, pick, set_aside = shard.read_bytes(), rows.read(), random.Random(0), 0
     name = whole.index(b"adversarial")
     for place in [*range(name - 12, name + 12), *(pick.randrange(len(whole)) for _ in range(60))]:
@@ -397,12 +443,12 @@ def test_a_file_that_cannot_be_written_anew_stays_as_it_was(tmp_path, monkeypatc
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("file", b"old")]
 
 
-def run_until(folder, line=None):
-    """An evaluation that kills its process when it comes to its line-th line of evaluate.py; the number of lines if it does not."""
+def run_until(folder, line=None, indices=None):
+    """An evaluation that kills its process when it comes to its line-th line of evaluate.py and rows.py; the number of lines if it does not."""
     ran, before = [0], sys.gettrace()
 
     def trace(frame, event, _):
-        if frame.f_code.co_filename != evaluate.__file__:
+        if frame.f_code.co_filename not in (evaluate.__file__, rows.__file__):
             return None
         ran[0] += event == "line"
         if ran[0] == line:
@@ -414,7 +460,7 @@ def run_until(folder, line=None):
     with contextlib.redirect_stdout(io.StringIO()):
         sys.settrace(trace)
         try:
-            evaluation(folder, batch_size=1).run(ATTACK)
+            evaluation(folder, batch_size=1).run(ATTACK, indices)
         finally:
             sys.settrace(before)
     return ran[0]
@@ -447,6 +493,72 @@ def test_killed_at_twenty_random_moments_and_resumed_it_ends_with_the_same_resul
     assert finished or 0 < len(attacked(purifier)) < 8              # the last was killed on its way, and not at its start
 
 
+# ---------------------------------------------------------------- two at once in one folder
+
+def one_of_two(folder, line, indices):
+    """As `run_until`, about some of the images."""
+    run_until(folder, line, indices)
+
+
+def test_two_evaluations_in_one_folder_killed_forty_times_end_with_the_same_results(unbroken, tmp_path):
+    """Two processes write into one folder at a time, of the same images or of overlapping ones; each is killed at a random line."""
+    context, pick, killed = multiprocessing.get_context("forkserver"), random.Random(1), 0
+    half = run_until(tmp_path / "unbroken") // 2
+    context.set_forkserver_preload(["lgap_utils.evaluate", "pyarrow.parquet", "pytest"])
+    folder, some, rest = tmp_path / "0", [10, 13, 16, 19, 22], [16, 19, 22, 25, 28, 31]
+    while killed < 40:
+        pairs = pick.choice([(None, None), (some, rest), (some, None)])
+        two = [context.Process(target=one_of_two, args=(folder, pick.randint(1, half), indices)) for indices in pairs]
+        for process in two:
+            process.start()
+        for process in two:
+            process.join()
+            assert process.exitcode in (-signal.SIGKILL, 0)
+            killed += process.exitcode != 0
+        if not any(process.exitcode for process in two):
+            assert same(evaluation(folder).run(ATTACK, some), unbroken[1][unbroken[1]["index"].isin(some)].reset_index(drop=True))
+            folder = tmp_path / str(killed + 1)
+    assert same(evaluation(folder).run(ATTACK), unbroken[1])
+    assert not [*tmp_path.rglob("*.broken"), *tmp_path.rglob("*.foreign")]
+
+
+def test_a_folder_that_another_writes_into_is_waited_for_and_nothing_is_done_twice(unbroken, tmp_path, capsys):
+    first = Noisy()
+    with one_writer(tmp_path / "bpda-3-2-draws"):
+        second, found = Noisy(), []
+        thread = threading.Thread(target=lambda: found.append(evaluation(tmp_path, purifier=second).run(ATTACK)))
+        thread.start()
+        while "another process writes into" not in (said := capsys.readouterr().out):
+            assert thread.is_alive(), said
+        assert same(evaluation(tmp_path, purifier=first).run(ATTACK), unbroken[1])      # the holder may go on
+    thread.join()
+    assert same(found[0], unbroken[1]) and len(attacked(first)) == 8 and not attacked(second)
+
+
+@pytest.mark.parametrize("size", range(1, 9))
+def test_shards_that_overlap_are_each_used_for_what_is_missing_elsewhere(unbroken, tmp_path, size):
+    """Shards of the first `size` images, copied beside shards of all: each image counts once, and none is lost."""
+    indices = unbroken[1]["index"].unique().tolist()
+    evaluation(tmp_path / "some").run(ATTACK, indices[:size])
+    evaluation(tmp_path / "most", batch_size=3).run(ATTACK, indices[1:])
+    shutil.copytree(tmp_path / "most", tmp_path / "some", dirs_exist_ok=True)
+    purifier = Noisy()
+    assert same(evaluation(tmp_path / "some", purifier=purifier).run(ATTACK), unbroken[1]) and not attacked(purifier)
+
+
+def test_rows_that_vanish_while_they_are_read_are_an_error_and_no_smaller_table(unbroken, copied, monkeypatch):
+    read, calls = Rows.read, []
+
+    def robbed(self):
+        calls.append(self)
+        if len(calls) == 4:
+            shards(copied)[0].unlink()
+        return read(self)
+    monkeypatch.setattr(Rows, "read", robbed)
+    with pytest.raises(RuntimeError, match="image 10 has 0 rows of 4, and 1 more images lack some"):
+        evaluation(copied).run(ATTACK)
+
+
 # ---------------------------------------------------------------- purified images, kept
 
 def test_purified_images_are_kept_and_taken_up_again(tmp_path):
@@ -461,9 +573,17 @@ def test_purified_images_are_kept_and_taken_up_again(tmp_path):
     assert torch.equal(purified_pixels(table, SHAPE), (purified.clamp(0, 1) * 255).round().to(torch.uint8))
     assert table["prediction"].tolist() == net(purified).argmax(1).tolist() and table["undefended"].tolist() == images.labels.tolist()
     with pytest.raises(ValueError, match="image 10 is not the one at hand.*rows of other images"):
-        purify_rows(defense, dataclasses.replace(images, pixels=255 - images.pixels), tmp_path, config={})
+        purify_rows(defense, dataclasses.replace(images, pixels=255 - images.pixels), tmp_path, config={}, seed=SEED)
+    with pytest.raises(ValueError, match=f"image 10 was run with the label {images.labels[0]}, and has {9 - images.labels[0]} now"):
+        purify_rows(defense, dataclasses.replace(images, labels=9 - images.labels), tmp_path, config={}, seed=SEED)
+    with pytest.raises(ValueError, match="seed: there 5, here 6"):
+        purify_rows(defense, images, tmp_path, config={}, seed=6)
+    with pytest.raises(ValueError, match="defence.purifier.is.strength: there 0.1, here 0.3"):
+        purify_rows(LGAP(words, Noisy(0.3), net), images, tmp_path, config={}, seed=SEED)
     with pytest.raises(ValueError, match=r"x: got shape \[2, 3, 4, 4\] for images of shape \[8, 3, 4, 4\]"):
-        purify_rows(defense, images, tmp_path, config={}, x=images.x[:2])
+        purify_rows(defense, images, tmp_path, config={"attack": {"eps": 1}}, x=images.x[:2])
+    with pytest.raises(ValueError, match="x: whose images these are cannot be told from their rows; say it, as in attack="):
+        purify_rows(defense, images, tmp_path, config={}, x=images.x)
 
 
 # ---------------------------------------------------------------- cheap purifiers
@@ -536,7 +656,7 @@ def test_without_a_caption_it_is_the_same_diffusion_with_an_empty_one_and_no_gui
 
 def test_beside_stand_all_of_them_with_the_defence_first(defense, images):
     defenses = baselines.beside(defense, 32)
-    told = [evaluate.identity(other.purifier)["is"] for other in defenses.values()]
+    told = [identity(other.purifier)["is"] for other in defenses.values()]
     assert next(iter(defenses.values())) is defense and all(told.count(one) == 1 for one in told) and len(told) == len(BASELINES) + 1
     assert all(other.classifier is defense.classifier for other in defenses.values())
 

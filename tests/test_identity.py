@@ -1,0 +1,266 @@
+"""Whatever changes a row changes what it is kept under, and what cannot be told from another thing is not taken for it."""
+import copy
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lgap_utils import baselines, models
+from lgap_utils.attacks import NATURAL, Attack
+from lgap_utils.data import Images
+from lgap_utils.defense import LGAP
+from lgap_utils.evaluate import Evaluation, described, purify_rows
+from lgap_utils.identity import identity, named, state_digest
+from lgap_utils.keyed import generator
+
+ROOT = Path(__file__).resolve().parents[1]
+PIXELS = (255 * torch.rand(4, 3, 4, 4, generator=generator("images"))).byte()
+IMAGES = Images(PIXELS, torch.tensor([2, 8, 8, 3]), torch.arange(4), tuple("0123456789"))
+
+
+def no_words(x):
+    return [""] * len(x)
+
+
+def constant(*labels):
+    """A classifier that finds these labels, whatever it sees."""
+    return lambda x: torch.nn.functional.one_hot(torch.tensor(labels)[:1].expand(len(x)), 10).float()
+
+
+no_words = named(no_words, "no words")
+
+
+def rows_of(folder, classifier=None, purifier=None, captioner=no_words, attack=NATURAL):
+    defense = LGAP(captioner, purifier or baselines.nothing(), classifier or named(constant(1), "one"), IMAGES.classes)
+    return Evaluation({"LGAP": defense}, IMAGES, folder, config={}).run(attack)["adversarial"].tolist()
+
+
+class Fixed:
+    """A classifier with an attribute, and no word about it."""
+
+    def __init__(self, label):
+        self.label = label
+
+    def __call__(self, x):
+        return constant(self.label)(x)
+
+
+class Told(Fixed):
+    def settings(self):
+        return {"label": self.label}
+
+
+class Heir(Told):
+    def __call__(self, x):
+        return constant(9)(x)
+
+
+def defined(code):
+    """What a notebook's cell leaves in `part`."""
+    space = {"torch": torch, "constant": constant}
+    exec(code, space)
+    return space["part"]
+
+
+OTHERS = {
+    "an attribute": lambda label: Fixed(label), "a closure": constant,
+    "code": lambda label: defined(f"def part(x):\n    return constant({label})(x)"),
+    "a class edited and run again": lambda label: defined(
+        f"class Mine:\n    def __call__(self, x):\n        return constant({label})(x)\npart = Mine()"),
+    "an heir of what has settings": lambda label: Told(2) if label == 2 else Heir(2),
+}
+
+
+@pytest.mark.parametrize("make", OTHERS.values(), ids=OTHERS)
+def test_parts_that_differ_and_do_not_say_so_never_share_rows(tmp_path, make, capsys):
+    assert rows_of(tmp_path, make(2)) == [2] * 4 and rows_of(tmp_path, make(9)) == [9] * 4
+    said = capsys.readouterr().out
+    assert "has no settings() of its own and cannot be told from another one" in said and "identity.named(part, 'a name'" in said
+
+
+@pytest.mark.parametrize("part", ["purifier", "captioner"])
+def test_so_it_is_with_purifiers_and_captioners(tmp_path, part):
+    def reads_the_image(x):
+        return torch.nn.functional.one_hot((10 * x.amax((1, 2, 3))).long().clamp(max=9), 10).float()
+
+    def purifier(level):
+        return lambda x, captions, keys: torch.full_like(x, level if "yes" not in captions[0] else 0.95)
+    classifier = named(reads_the_image, "brightest")
+    if part == "purifier":
+        assert [rows_of(tmp_path, classifier, purifier(level))[0] for level in (0.25, 0.75)] == [2, 7]
+    else:
+        one = named(purifier(0.25), "level")
+        assert [rows_of(tmp_path, classifier, one, lambda x, c=c: [c] * len(x))[0] for c in ("no", "yes")] == [2, 9]
+
+
+def test_a_changed_attribute_of_the_same_object_is_seen(tmp_path):
+    for part in (Fixed(2), Told(2)):
+        run = Evaluation({"LGAP": LGAP(no_words, baselines.nothing(), part, IMAGES.classes)}, IMAGES, tmp_path / type(part).__name__,
+                         config={})
+        assert run.run(NATURAL)["adversarial"].tolist() == [2] * 4
+        part.label = 9
+        if isinstance(part, Told):
+            with pytest.raises(ValueError, match="defences.LGAP.classifier.is.label: there 2, here 9"):
+                run.run(NATURAL)
+        else:
+            assert run.run(NATURAL)["adversarial"].tolist() == [9] * 4
+
+
+def test_a_named_part_is_resumed_by_another_process_and_an_unnamed_one_is_not(tmp_path):
+    asked = []
+
+    def slow(x):
+        asked.append(len(x))
+        return constant(5)(x)
+    for k, (part, calls) in enumerate([(lambda x: slow(x), 1), (lambda x: slow(x), 2), (named(lambda x: slow(x), "slow", level=5), 3),
+                                       (named(lambda x: slow(x), "slow", level=5), 3)]):
+        assert rows_of(tmp_path, part) == [5] * 4 and len(asked) == calls, k
+    with pytest.raises(ValueError, match="classifier.is.level: there 5, here 6"):
+        rows_of(tmp_path, named(constant(6), "slow", level=6))
+
+
+def test_an_attack_whose_code_may_have_changed_is_run_anew(tmp_path):
+    def edited(step):
+        class Mine(Attack):
+            def __call__(self, defense, x, y, keys, **_):
+                return (x + step).clamp(0, 1)
+        return Mine("mine")
+    bright = named(lambda x: torch.nn.functional.one_hot((9 * x.amin((1, 2, 3))).long(), 10).float(), "darkest")
+    assert rows_of(tmp_path, bright, attack=edited(0.5)) != rows_of(tmp_path, bright, attack=edited(1.0)) == [9] * 4
+
+
+def test_purified_images_of_an_unnamed_purifier_are_made_anew(tmp_path):
+    for level in (0.25, 0.75):
+        defense = LGAP(no_words, lambda x, captions, keys, level=level: torch.full_like(x, level), named(constant(1), "one"))
+        table = purify_rows(defense, IMAGES, tmp_path / "rows", config={})
+        assert set(table["purified"].iloc[0]) == {round(255 * level)}
+
+
+class Doubled(LGAP):
+    def purify(self, x, *args, **kwargs):
+        return super().purify(x, *args, **kwargs) * 0
+
+
+def test_a_defence_of_ones_own_class_is_another_defence(tmp_path):
+    part = named(lambda x: torch.nn.functional.one_hot((9 * x.amax((1, 2, 3))).long(), 10).float(), "brightest")
+    found = [Evaluation({"LGAP": kind(no_words, baselines.nothing(), part)}, IMAGES, tmp_path, config={}).run(NATURAL)
+             for kind in (LGAP, Doubled)]
+    assert found[0]["adversarial"].min() > 0 and set(found[1]["adversarial"]) == {0}
+
+
+@pytest.mark.parametrize("settings, says", [({"net": object()}, "settings.. of .*Bad: expected numbers, text, and lists or dicts"),
+                                            ({"level": float("nan")}, "settings.. of .*Bad: expected numbers")])
+def test_settings_that_are_no_plain_data_are_refused(tmp_path, settings, says):
+    class Bad(Fixed):
+        def settings(self):
+            return settings
+    with pytest.raises(ValueError, match=says):
+        rows_of(tmp_path, Bad(1))
+    with pytest.raises((TypeError, ValueError)):
+        named(constant(1), "one", **settings)
+
+
+# ---------------------------------------------------------------- the parts that come with the package
+
+def told(defense):
+    return json.dumps(described(defense), sort_keys=True)
+
+
+def loaded(profile, **folders):
+    return models.load_defense(dataclasses.replace(profile, **folders), device="cpu")
+
+
+def swapped(vocabulary):
+    """The same words, the last two under each other's numbers."""
+    (one, first), (two, second) = sorted(vocabulary.items(), key=lambda item: item[1])[-2:]
+    return vocabulary | {one: second, two: first}
+
+
+EDITS = {       # {what: (part, file, the key to change, its value)}; no weight is touched
+    "pixels' mean": ("captioner", "processor_config.json", ("image_processor", "image_mean"), [0.1, 0.2, 0.3]),
+    "resize": ("captioner", "processor_config.json", ("image_processor", "resample"), 0),
+    "activation": ("captioner", "config.json", ("vision_config", "hidden_act"), "relu"),
+    "generation": ("captioner", "generation_config.json", ("repetition_penalty",), 1.5),
+    "captioner's words": ("captioner", "tokenizer.json", ("model", "vocab"), swapped),
+    "latent scale": ("diffusion", "vae/config.json", ("scaling_factor",), 0.5),
+    "betas": ("diffusion", "scheduler/scheduler_config.json", ("beta_end",), 0.02),
+    "prediction": ("diffusion", "scheduler/scheduler_config.json", ("prediction_type",), "epsilon"),
+    "text encoder's words": ("diffusion", "tokenizer/tokenizer.json", ("model", "vocab"), swapped),
+    "text encoder": ("diffusion", "text_encoder/config.json", ("hidden_act",), "gelu"),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS)
+def test_a_file_edited_beside_unchanged_weights_is_another_part(profile, defense, tmp_path, edit):
+    part, file, keys, value = edit
+    folder = shutil.copytree(getattr(profile, part), tmp_path / part)
+    assert told(loaded(profile, **{part: str(folder)})) == told(defense)            # moved, it is the same
+    content = json.loads((folder / file).read_text())
+    inner = content
+    for key in keys[:-1]:
+        inner = inner[key]
+    value = value(inner[keys[-1]]) if callable(value) else value
+    assert inner.get(keys[-1]) != value
+    inner[keys[-1]] = value
+    (folder / file).write_text(json.dumps(content))
+    assert told(loaded(profile, **{part: str(folder)})) != told(defense)
+
+
+def test_every_setting_and_weight_counts(profile, defense):
+    same, found = told(defense), []
+    for change in ({"strength": 0.1}, {"guidance_scale": 2.0}, {"size": 16}, {"vae_sample": False}, {"negative_prompt": "blurred"}):
+        with defense.purifier.using(**change):
+            found.append(told(defense))
+    found += [told(loaded(profile, **change)) for change in ({"num_beams": 2}, {"prompt": "a photo of"}, {"max_length": 12})]
+    tuned = copy.deepcopy(defense)
+    tuned.classifier.fc.bias.data[0] += 1e-6
+    found.append(told(tuned))
+    tuned = copy.deepcopy(defense)
+    tuned.input_size = 16
+    found.append(told(tuned))
+    assert told(copy.deepcopy(defense)) == same and len({same, *found}) == len(found) + 1
+
+
+def test_buffers_count_that_are_not_saved_and_kinds_and_shapes():
+    nets = [models.Normalized(torch.nn.Flatten(), mean, (1.0, 1.0, 1.0)) for mean in ((0.0, 0.0, 0.0), (0.5, 0.5, 0.5))]
+    kinds = [torch.nn.Linear(2, 2).half(), torch.nn.Linear(2, 2).bfloat16(), torch.nn.Linear(4, 1, bias=False)]
+    for net in kinds:
+        for weight in net.parameters():
+            weight.data.zero_()
+    found = [state_digest(net) for net in (*nets, *kinds)]
+    assert len(set(found)) == len(found)
+
+
+def test_cheap_purifiers_are_told_apart_by_what_they_are_made_of(defense):
+    other = copy.deepcopy(defense.purifier)
+    other.vae.decoder.conv_out.bias.data += 1e-3
+    for make in (baselines.vae_round_trip, baselines.without_caption):
+        one = make(defense.purifier)
+        before = identity(one)
+        assert identity(make(other)) != before
+        with defense.purifier.using(size=16):
+            assert identity(one) != before
+        assert identity(one) == before
+    assert "unnamed" in identity(baselines.Purifier(lambda x, keys: x))
+
+
+SCRIPT = """
+import dataclasses, json, sys
+from lgap_utils import models, profiles
+from lgap_utils.evaluate import described
+profile = dataclasses.replace(profiles.TOY, **json.loads(sys.argv[1]))
+print(json.dumps(described(models.load_defense(profile, device="cpu")), sort_keys=True))
+"""
+
+
+def test_what_a_part_is_does_not_depend_on_the_process(profile, defense):
+    """Hashes of text are other ones in each process, and so would be the order of a set."""
+    fields = {name: value for name, value in dataclasses.asdict(profile).items() if name != "tables"}
+    done = subprocess.run([sys.executable, "-c", SCRIPT, json.dumps(fields)], cwd=ROOT, capture_output=True, text=True,
+                          env={"HF_HUB_OFFLINE": "1", "PATH": ""})
+    assert done.stdout.strip() == told(defense), done.stderr
