@@ -444,7 +444,7 @@ def test_a_file_that_cannot_be_written_anew_stays_as_it_was(tmp_path, monkeypatc
 
 
 def run_until(folder, line=None, indices=None):
-    """An evaluation that kills its process when it comes to its line-th line of evaluate.py and rows.py; the number of lines if it does not."""
+    """An evaluation that kills its process at its line-th line of evaluate.py and rows.py; the number of lines if it does not."""
     ran, before = [0], sys.gettrace()
 
     def trace(frame, event, _):

@@ -503,3 +503,16 @@ def test_the_diffusion_model_learns_to_see_noise(purifier, images, tmp_path, pre
              if models.state_digest(getattr(p, name)) != models.state_digest(getattr(purifier, name))]
     assert moved == ["unet", "text_encoder"]
     assert not any(q.requires_grad for q in p.parameters()) and not p.unet.training
+
+
+@pytest.mark.parametrize("spoil, says", [
+    (lambda x, y: (x, torch.cat([y, y[:4]])), r"labels: got shape \[12\] for 8 images"),
+    (lambda x, y: (x, y.float()), "labels: expected a torch.long tensor, got torch.float32"),
+    (lambda x, y: (x.float() / 255, y), r"x: expected images as uint8 \[n, 3, h, w\], got torch.float32"),
+    (lambda x, y: (x[:0], y[:0]), r"x: expected images as uint8 .*got torch.uint8 \[0, 3"),
+])
+def test_images_and_labels_that_do_not_belong_together_are_refused(images, defense, tmp_path, spoil, says):
+    x, y = spoil(images.pixels, images.labels)
+    with pytest.raises((TypeError, ValueError), match=says):
+        train.finetune(copy.deepcopy(defense.classifier), x, y, tmp_path, x_val=images.pixels, y_val=images.labels)
+    assert not (tmp_path / "state.pt").exists()
