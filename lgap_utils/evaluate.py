@@ -54,8 +54,9 @@ class Evaluation:
     """Attacks on one defence, scored under that and, on the same adversarial images, under others.
 
     defenses: {name: LGAP}; attacks see the first. images: `data.Images`. n_draws: noise draws of the defence per image
-    (1 for a purifier that says `random = False`). Rows lie in folder/NAME OF THE ATTACK; `config` says what else they
-    depend on (see models.configuration). No result depends on batch_size, on the order of the images, or on who runs which.
+    (1 for a purifier that says `random = False`). Rows lie in folder/NAME OF THE ATTACK and are taken up again where defences,
+    attack, seed and draws are the same (see identity.py); `config`, a dict, says what else they depend on. No result depends on
+    batch_size, on the order of the images, or on who runs which.
     """
 
     def __init__(self, defenses, images, folder, *, config, n_draws=1, seed=0, batch_size=64):
@@ -84,15 +85,17 @@ class Evaluation:
             raise ValueError(f"indices: {'an image is named twice' if wanted else 'no image is named'}; expected each once")
         natural = None if attack == NATURAL else self.run(NATURAL, wanted)
         rows = self.rows(attack)
-        if set(wanted) - rows.done(self.known):
+        table = rows.read()
+        if set(wanted) - rows.done(table, self.known):
             with one_writer(rows.folder, wait=True):
-                done = rows.done(self.known)                # somebody else may have done some meanwhile
+                done = rows.done(rows.read(), self.known)           # somebody else may have done some meanwhile
                 todo = [i for i in wanted if i not in done]
                 if attack.block > 1:
                     todo = self._whole_blocks(attack.block, todo, places)
                 if todo:
                     self._compute(attack, [places[i] for i in todo], rows)
-        table = rows.wanted(wanted, sum(self.draws_of(defense) for defense in self.defenses.values()))
+            table = rows.read()
+        table = rows.wanted(table, wanted, sum(self.draws_of(defense) for defense in self.defenses.values()))
         if natural is not None:
             table = table.merge(natural[[*rows.key, "clean", "caption_clean"]], on=rows.key, validate="1:1")
         else:
@@ -247,12 +250,14 @@ def purify_rows(defense, images, folder, *, config, x=None, seed=0, batch_size=6
         config["process"] = uuid.uuid4().hex
     folder = Path(folder)
     rows, known = rows_of(folder.parent, folder.name, config, parts), known_images(images)
-    if set(known) - rows.done(known):
+    table = rows.read()
+    if set(known) - rows.done(table, known):
         with one_writer(rows.folder, wait=True):
-            done = rows.done(known)
+            done = rows.done(rows.read(), known)
             todo = [i for i, index in enumerate(known) if index not in done]
             _purify(defense, images, x, todo, rows, known, seed, batch_size, title)
-    return rows.wanted(list(known), 1)
+        table = rows.read()
+    return rows.wanted(table, list(known), 1)
 
 
 def _purify(defense, images, x, todo, rows, known, seed, batch_size, title):

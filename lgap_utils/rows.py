@@ -82,12 +82,11 @@ class Rows:
         name = hashlib.blake2b(str(sorted(set(frame["index"]))).encode(), digest_size=6).hexdigest()
         write_whole(self.folder / f"{frame['index'].min():06d}-{name}.parquet", buffer.getvalue())
 
-    def done(self, known):
-        """The indices that there are rows of. known: {index: (digest, label)} of the images at hand.
+    def done(self, table, known):
+        """The indices that `table`, as read, has rows of. known: {index: (digest, label)} of the images at hand.
 
         Raises ValueError if a row is of another image, or has another label, than the one of its index at hand.
         """
-        table = self.read()
         for row in table.drop_duplicates("index").itertuples():
             image, label = known.get(row.index, (None, None))
             if image is not None and getattr(row, "image", "") != image:
@@ -98,9 +97,8 @@ class Rows:
                                  "move or delete the folder, or set LGAP_OUTPUTS to another one")
         return set(table["index"])
 
-    def wanted(self, indices, each):
-        """The rows of these images, `each` of them an image. Raises RuntimeError, naming the first, where some are not there."""
-        table = self.read()
+    def wanted(self, table, indices, each):
+        """The rows in `table` of these images, `each` of them an image. Raises RuntimeError, naming the first that lacks some."""
         table = table[table["index"].isin(indices)].reset_index(drop=True)
         count = table["index"].value_counts()
         if short := [i for i in indices if count.get(i, 0) != each]:
