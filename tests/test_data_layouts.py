@@ -1,4 +1,4 @@
-"""Data as people have them: torchvision's CIFAR, ImageNet flat or named as the hub's archive, folders that are wrong."""
+"""Data as people have them: torchvision's CIFAR, ImageNet flat or named as in the hub's archive, faults."""
 # ruff: noqa: F401, F811  (fixtures of test_data)
 import dataclasses
 import hashlib
@@ -26,7 +26,7 @@ def md5(file):
 
 @pytest.fixture
 def unpacked(tmp_path, monkeypatch):
-    """Both CIFARs as torchvision unpacks them, 100 training and 10 test images; {data set: (pixels, labels) by file}."""
+    """Both CIFARs as torchvision unpacks them, of 100 and 10 images: {data set: {file: (pixels, labels)}}."""
     rng, written = np.random.default_rng(0), {}
     monkeypatch.setenv("LGAP_DATA", str(tmp_path))
     for dataset, kind in KIND.items():
@@ -36,7 +36,8 @@ def unpacked(tmp_path, monkeypatch):
         for part, names in batches.items():
             for name, _ in getattr(kind, part):
                 n = 10 if part == "test_list" else 100 // len(kind.train_list)
-                pixels, labels = rng.integers(0, 256, (n, 3, 32, 32), dtype=np.uint8), rng.integers(0, 10, n).tolist()
+                pixels = rng.integers(0, 256, (n, 3, 32, 32), dtype=np.uint8)
+                labels = rng.integers(0, 10, n).tolist()
                 (folder / name).write_bytes(pickle.dumps({"data": pixels.reshape(n, -1), key: labels}))
                 written[dataset][name] = pixels, labels
                 names.append([name, md5(folder / name)])
@@ -48,8 +49,8 @@ def unpacked(tmp_path, monkeypatch):
 
 
 def as_the_hub(written, dataset, folder):
-    """The same images in the hub's layout: of CIFAR-10, the batches in the order in which the archive holds them."""
-    names = {"train": data.CIFARS[dataset].batches, "test": ("test_batch" if dataset == "cifar10" else "test",)}
+    """The same images in the hub's layout, the batches in the order in which the archive holds them."""
+    names = {"train": data.CIFARS[dataset].batches, "test": [KIND[dataset].test_list[0][0]]}
     for split, batches in names.items():
         pixels = np.concatenate([written[dataset][name][0] for name in batches]).transpose(0, 2, 3, 1)
         labels = [label for name in batches for label in written[dataset][name][1]]
@@ -68,13 +69,12 @@ def test_a_row_is_the_same_image_in_both_layouts(unpacked, tmp_path, dataset, be
         (tmp_path / dataset).mkdir()
         (tmp_path / KIND[dataset].base_folder).rename(tmp_path / dataset / KIND[dataset].base_folder)
     found = {split: load_images(dataset, split) for split in ("train", "validation", "test")}
-    assert at_hand(dataset) and torch.equal(load_images(dataset, "train", 3, start=5).pixels, found["train"].pixels[5:8])
+    assert at_hand(dataset)
+    assert torch.equal(load_images(dataset, "train", 3, start=5).pixels, found["train"].pixels[5:8])
     as_the_hub(unpacked, dataset, tmp_path)
     for split, images in found.items():
         theirs = load_images(dataset, split)
-        for name in ("pixels", "labels", "indices"):
-            assert torch.equal(getattr(images, name), getattr(theirs, name)), (split, name)
-        assert images.classes == theirs.classes and images.pixels.is_contiguous()
+        assert equal(images, theirs) and images.classes == theirs.classes and images.pixels.is_contiguous()
         # both layouts at once: which was read is said
         assert KIND[dataset].base_folder in images.source and ".parquet sha256" in theirs.source
     name, digest = KIND[dataset].test_list[0]
@@ -102,24 +102,27 @@ class Payload:
 def test_an_unknown_pickle_is_never_opened(unpacked, tmp_path, dataset, which):
     assert __name__ in sys.modules
     kind = KIND[dataset]
-    name = {"train": kind.train_list[-1][0], "test": kind.test_list[0][0], "meta": kind.meta["filename"]}[which]
+    names = {"train": kind.train_list[-1][0], "test": kind.test_list[0][0], "meta": kind.meta["filename"]}
+    name = names[which]
     file = tmp_path / kind.base_folder / name
     file.write_bytes(pickle.dumps(Payload()))
+    says = f"{file} has another MD5 than torchvision's, so nothing there is opened; unpack .*tar.gz again"
     for split in ("train", "test"):
-        with pytest.raises(ValueError, match=f"{file} has another MD5 than torchvision's, so nothing there is opened; unpack .*tar.gz"):
+        with pytest.raises(ValueError, match=says):
             load_images(dataset, split)
     file.unlink()
     with pytest.raises(ValueError, match=f"{file} is missing"):
         load_images(dataset, "test")
     assert not at_hand(dataset) and not Payload.ran
-    ((state, detail),) = [(c.state, c.detail) for c in doctor._data_sets([profile(dataset)]) if isinstance(c, doctor.Check)]
-    assert state == "missing" and str(file) in detail
+    (check,) = doctor._data_sets([profile(dataset)])
+    assert check.state == "missing" and str(file) in check.detail
     pickle.loads(pickle.dumps(Payload()))
     assert Payload.ran.pop()                # it would have been noticed
 
 
 def profile(dataset, **settings):
-    return dataclasses.replace(PROFILES["toy"], dataset=dataset, **{"n_images": 2, "n_finetune": 2} | settings)
+    settings = {"n_images": 2, "n_finetune": 2} | settings
+    return dataclasses.replace(PROFILES["toy"], dataset=dataset, **settings)
 
 
 @both
@@ -130,7 +133,8 @@ def test_an_archive_that_is_not_unpacked_is_named(tmp_path, monkeypatch, dataset
     folder.mkdir(exist_ok=True)
     archive = folder / KIND[dataset].filename
     archive.write_bytes(b"an archive")
-    with pytest.raises(FileNotFoundError, match=f"{archive} is not unpacked; unpack it with tar -xzf {archive} -C {folder}"):
+    says = f"{archive} is not unpacked; unpack it with tar -xzf {archive} -C {folder}"
+    with pytest.raises(FileNotFoundError, match=says):
         load_images(dataset, "test", 1)
     assert not at_hand(dataset)
     (check,) = doctor._data_sets([profile(dataset)])
@@ -144,7 +148,8 @@ def test_the_doctor_finds_torchvisions_files(unpacked, tmp_path, dataset):
     (check,) = doctor._data_sets([profile(dataset, n_images=11)])
     assert check.state == "missing" and "it has 10" in check.detail and "asks for 11 images" in check.detail
     lines = {what: (ok, said) for what, ok, said in validate(dataset)}
-    assert lines[f"{dataset} test: files"] == (True, load_images(dataset, "test").source)      # not "other files than the hub's"
+    # without "other files than the hub's"
+    assert lines[f"{dataset} test: files"] == (True, load_images(dataset, "test").source)
 
 
 # ---------------------------------------------------------------- which images are the paper's
@@ -181,7 +186,8 @@ def archive_name(name):
 
 
 def equal(images, expected):
-    return all(torch.equal(getattr(images, name), getattr(expected, name)) for name in ("pixels", "labels", "indices"))
+    names = ("pixels", "labels", "indices")
+    return all(torch.equal(getattr(images, name), getattr(expected, name)) for name in names)
 
 
 def rename(folder, names, new):
@@ -192,9 +198,13 @@ def rename(folder, names, new):
             (folder / kind).rmdir()
 
 
-LAYOUTS = {"the archive's names": lambda name: f"{name[:9]}/{archive_name(name)}", "flat": lambda name: name[10:],
-           "flat, the archive's names": archive_name, "jpg": lambda name: name.replace(".JPEG", ".jpg"),
-           "a word behind": lambda name: name.replace(".JPEG", "_256px.jpeg")}
+LAYOUTS = {
+    "the archive's names": lambda name: f"{name[:9]}/{archive_name(name)}",
+    "flat": lambda name: name[10:],
+    "flat, the archive's names": archive_name,
+    "jpg": lambda name: name.replace(".JPEG", ".jpg"),
+    "a word behind": lambda name: name.replace(".JPEG", "_256px.jpeg"),
+}
 
 
 @pytest.mark.parametrize("new", LAYOUTS.values(), ids=LAYOUTS)
@@ -203,7 +213,8 @@ def test_the_list_is_found_by_number_whatever_the_names(imagenet, new):
     expected = load_images("imagenet", "test")
     rename(folder, names, new)
     images = load_images("imagenet", "test")
-    assert equal(images, expected) and images.source == expected.source and images.official and at_hand("imagenet")
+    assert equal(images, expected) and images.source == expected.source
+    assert images.official and at_hand("imagenet")
     (folder / new(names[1])).unlink()
     with pytest.raises(ValueError, match=f"1 of the 3 images of paper/ids.txt are missing, e.g. {names[1]}"):
         load_images("imagenet", "test")
@@ -216,8 +227,9 @@ def test_of_two_layouts_at_once_it_is_said_which_was_read(imagenet):
     for name in names:
         (folder / name[10:]).write_bytes(b"not read")
     images = load_images("imagenet", "test")
-    assert equal(images, expected) and "images of paper/ids.txt, read from imagenet/val/<wnid>; rows" in images.source
-    (folder / names[0]).rename(folder / names[0][10:])          # as torchvision leaves it when it is stopped half way
+    assert equal(images, expected)
+    assert "images of paper/ids.txt, read from imagenet/val/<wnid>; rows" in images.source
+    (folder / names[0]).rename(folder / names[0][10:])      # as torchvision leaves it, stopped half way
     images = load_images("imagenet", "test")
     assert equal(images, expected) and "read from imagenet/val and imagenet/val/<wnid>;" in images.source
 
@@ -230,10 +242,10 @@ def test_a_folder_beside_the_hubs_shards_says_so(shards, tmp_path):
 @pytest.mark.parametrize("change, says", [
     (lambda folder, name: (folder / name).rename(folder / KINDS[1] / name[10:]),
      "the folder or name says n01440764, but the 3 images of paper/ids.txt say n02123045"),
-    (lambda folder, name: (folder / name).rename(folder / f"{KINDS[1]}/{archive_name(name)}"), "is named like one of another class"),
+    (lambda folder, name: (folder / name).rename(folder / f"{KINDS[1]}/{archive_name(name)}"),
+     "is named like one of another class"),
     (lambda folder, name: (folder / LAYOUTS["a word behind"](name)).write_bytes((folder / name).read_bytes()),
-     "ILSVRC2012_val_00000000_256px.jpeg and .*ILSVRC2012_val_00000000.JPEG have the same number; keep one|"
-     "ILSVRC2012_val_00000000.JPEG and .*_256px.jpeg have the same number; keep one"),
+     "val_00000000_256px.jpeg and .*val_00000000.JPEG have the same number; keep one"),
 ], ids=["another class", "another class in the name", "twice"])
 def test_an_image_in_the_wrong_place_or_there_twice_is_refused(imagenet, change, says):
     folder, names = imagenet
@@ -244,7 +256,7 @@ def test_an_image_in_the_wrong_place_or_there_twice_is_refused(imagenet, change,
 
 @pytest.fixture
 def flat(imagenet):
-    """Six images in one folder, none of the list, all of RobustBench's 5000. Returns the folder and their names with their classes."""
+    """Six images in one folder, none of the list, all of RobustBench's 5000: the folder, each "class/name"."""
     folder, names = imagenet
     known = data._packaged("robustbench", "helper_files/imagenet_test_image_ids.txt").split()[2048:2054]
     for old, new in zip(names, known):
@@ -255,7 +267,7 @@ def flat(imagenet):
 
 
 def every_class():
-    """WordNet ids of the 50,000 validation images, as far as RobustBench's list knows them; of the others, the first."""
+    """WordNet ids of the 50,000 validation images: RobustBench's list's where it has them, else the first."""
     kinds = ["n01440764"] * data.IMAGENET_ALL
     for name in data._packaged("robustbench", "helper_files/imagenet_test_image_ids.txt").split():
         kinds[data._number(name) - 1] = name[:9]
@@ -267,20 +279,26 @@ def official_number(kind):
     return (imagenet_classes()[0][kind] * 7 + 3) % 1000 + 1
 
 
+TRUTH = "ILSVRC2012_validation_ground_truth.txt"
+
+
+def official_labels(folder, kinds):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / TRUTH).write_text("".join(f"{official_number(kind)}\n" for kind in kinds))
+
+
 CLASSES_FROM = {
     "torchvision's meta.bin": lambda root, kinds: torch.save(({}, kinds), root / "meta.bin"),
-    "the official labels": lambda root, kinds: (root / "ILSVRC2012_validation_ground_truth.txt").write_text(
-        "".join(f"{official_number(kind)}\n" for kind in kinds)),
-    "the devkit": lambda root, kinds: ((root / "ILSVRC2012_devkit_t12" / "data").mkdir(parents=True), (
-        root / "ILSVRC2012_devkit_t12" / "data" / "ILSVRC2012_validation_ground_truth.txt").write_text(
-        "".join(f"{official_number(kind)}\n" for kind in kinds))),
+    "the official labels": official_labels,
+    "the devkit": lambda root, kinds: official_labels(root / "ILSVRC2012_devkit_t12" / "data", kinds),
 }
 
 
 @pytest.mark.parametrize("write", CLASSES_FROM.values(), ids=CLASSES_FROM)
 def test_a_flat_folder_of_other_images_has_its_classes_from(flat, write):
     folder, names = flat
-    with pytest.raises(ValueError, match=f"{names[0][10:]}: nothing says of which class it is; .*torchvision's meta.bin"):
+    says = f"{names[0][10:]}: nothing says of which class it is; .*torchvision's meta.bin into {folder.parent}"
+    with pytest.raises(ValueError, match=says):
         load_images("imagenet", "test")
     write(folder.parent, every_class())
     images = load_images("imagenet", "test")
@@ -295,28 +313,30 @@ def test_a_flat_folder_with_the_archives_names_needs_no_file(flat):
     folder, names = flat
     for name in names:
         (folder / name[10:]).rename(folder / archive_name(name))
-    assert load_images("imagenet", "test").labels.tolist() == [imagenet_classes()[0][name[:9]] for name in names]
+    labels = load_images("imagenet", "test").labels.tolist()
+    assert labels == [imagenet_classes()[0][name[:9]] for name in names]
 
 
 @pytest.mark.parametrize("write", [
-    lambda root: (root / "meta.bin").write_bytes(pickle.dumps(Payload())),
+    lambda root: (root / "meta.bin").write_bytes(pickle.dumps(Payload(), 2)),
     lambda root: torch.save(Payload(), root / "meta.bin"),
     lambda root: (root / "meta.bin").write_text("<html>"),
     lambda root: torch.save(({}, every_class()[:100]), root / "meta.bin"),
     lambda root: torch.save(({}, every_class()[::-1]), root / "meta.bin"),
-    lambda root: (root / "ILSVRC2012_validation_ground_truth.txt").write_text("tench\n" * data.IMAGENET_ALL),
-    lambda root: (root / "ILSVRC2012_validation_ground_truth.txt").write_text("7\n" * data.IMAGENET_ALL),
-    lambda root: (root / "ILSVRC2012_validation_ground_truth.txt").write_text(""),
+    lambda root: (root / TRUTH).write_text("tench\n" * data.IMAGENET_ALL),
+    lambda root: (root / TRUTH).write_text("7\n" * data.IMAGENET_ALL),
+    lambda root: (root / TRUTH).write_text(""),
 ], ids=["a pickle", "torch's pickle", "HTML", "short", "another order", "words", "one class", "empty"])
 def test_a_file_of_classes_that_is_something_else_is_refused(flat, write):
     folder, _ = flat
     write(folder.parent)
-    with pytest.raises(ValueError, match="(meta.bin|truth.txt) does not hold the 50000 validation images' classes in order") as error:
+    says = "(meta.bin|truth.txt) does not hold the 50000 validation images' classes in order; get it again"
+    with pytest.raises(ValueError, match=says) as error:
         load_images("imagenet", "test")
-    assert "weights_only" not in str(error.value) and error.value.__context__ is None and not Payload.ran
+    assert error.value.__context__ is None and not Payload.ran         # nor are torch's own words passed on
 
 
-# ---------------------------------------------------------------- what is not there, and what the doctor says of it
+# ---------------------------------------------------------------- what is not there, and what the doctor says
 
 @pytest.mark.parametrize("dataset", ["cifar10", "cifar100", "imagenet"])
 def test_a_folder_of_data_that_does_not_exist_is_named(tmp_path, monkeypatch, dataset):
@@ -324,7 +344,8 @@ def test_a_folder_of_data_that_does_not_exist_is_named(tmp_path, monkeypatch, da
     (tmp_path / "file").touch()
     for place in (tmp_path / "dta", tmp_path / "file"):
         monkeypatch.setenv("LGAP_DATA", str(place))
-        with pytest.raises(FileNotFoundError, match=f"LGAP_DATA={place}: there is no folder {place}; correct it, or unset it"):
+        says = f"LGAP_DATA={place}: there is no folder {place}; correct it, or unset it"
+        with pytest.raises(FileNotFoundError, match=says):
             load_images(dataset, "test", 1)
         assert not at_hand(dataset) and load_images("toy", "test", 1)
         (check,) = doctor._data_sets([profile(dataset)])
@@ -342,7 +363,7 @@ SPOILT = {
     "whole": (lambda file: None, True),
     "empty": (lambda file: file.write_bytes(b""), False),
     "no image or table": (lambda file: file.write_text("<html>Not found</html>"), False),
-    "a link to nothing": (lambda file: (file.rename(file.with_suffix(".old")), file.symlink_to("nowhere")), False),
+    "a link to nothing": (lambda file: (file.unlink(), file.symlink_to("nowhere")), False),
 }
 
 
@@ -354,14 +375,16 @@ def test_the_doctor_and_what_is_at_hand_agree_with_the_loader(hub, imagenet, dat
     assert at_hand(dataset) == fine
     (found,) = doctor._data_sets([profile(dataset, n_images=1)])
     if fine:
-        assert len(load_images(dataset, "test", 1)) == 1 and isinstance(found, doctor.Item) and not found.absent
+        assert len(load_images(dataset, "test", 1)) == 1
+        assert isinstance(found, doctor.Item) and not found.absent
         return
     with pytest.raises((FileNotFoundError, ValueError), match=str(file)):
         load_images(dataset, "test", 1)
     if isinstance(found, doctor.Item):
         assert FILES[dataset].format("test") in found.absent        # and the doctor says how to get it
     else:
-        assert found.state == "missing" and str(file) in found.detail and "the profile asks" not in found.detail
+        assert found.state == "missing" and str(file) in found.detail
+        assert "the profile asks" not in found.detail
 
 
 def test_a_damaged_image_that_the_profile_would_not_reach_first_is_named_all_the_same(imagenet):
@@ -373,7 +396,7 @@ def test_a_damaged_image_that_the_profile_would_not_reach_first_is_named_all_the
             load_images("imagenet", "test", n)
     (folder / names[2]).unlink()
     (folder / names[2]).symlink_to("nowhere")
-    with pytest.raises(FileNotFoundError, match=f"{names[2]} is a link to nothing, or no file; copy it again"):
+    with pytest.raises(FileNotFoundError, match=f"{names[2]} is a link to nothing, or no file; copy it"):
         load_images("imagenet", "test", 1)
 
 
@@ -390,7 +413,8 @@ def test_shards_that_are_no_parquet_are_not_at_hand(shards, tmp_path):
 @pytest.mark.parametrize("mode", ["I;16", "I", "F"])
 @pytest.mark.parametrize("dataset", ["cifar10", "imagenet"])
 def test_an_image_of_more_than_eight_bits_is_refused_by_name(hub, imagenet, tmp_path, dataset, mode):
-    wide = Image.fromarray(np.full((32, 32), 300, {"I;16": np.uint16, "I": np.int32, "F": np.float32}[mode]))
+    kind = {"I;16": np.uint16, "I": np.int32, "F": np.float32}[mode]
+    wide = Image.fromarray(np.full((32, 32), 300, kind))
     file = tmp_path / "wide"
     wide.save(file, "TIFF")
     if dataset == "imagenet":
@@ -398,49 +422,55 @@ def test_an_image_of_more_than_eight_bits_is_refused_by_name(hub, imagenet, tmp_
         name.write_bytes(file.read_bytes())
     else:
         name = f"{hub[0](dataset, 'test')}, row 0"
-        pd.DataFrame({"img": [{"bytes": file.read_bytes()}], "label": [0]}).to_parquet(hub[0](dataset, "test"))
-    with pytest.raises(ValueError, match=f"{name}: expected 8 bits a channel, got PIL's mode {mode}; save it with 8 bits"):
+        table = pd.DataFrame({"img": [{"bytes": file.read_bytes()}], "label": [0]})
+        table.to_parquet(hub[0](dataset, "test"))
+    says = f"{name}: expected 8 bits a channel, got PIL's mode {mode}; save it with 8 bits"
+    with pytest.raises(ValueError, match=says):
         load_images(dataset, "test")
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGBA", "CMYK"])
 def test_other_modes_stay_as_robustbench_reads_them(hub, mode, tmp_path):
-    picture, file = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)).convert(mode), tmp_path / "one"
-    picture.save(file, "TIFF" if mode == "CMYK" else "PNG")
+    file, noise = tmp_path / "one", np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
+    Image.fromarray(noise).convert(mode).save(file, "TIFF" if mode == "CMYK" else "PNG")
     pd.DataFrame({"img": [{"bytes": file.read_bytes()}], "label": [0]}).to_parquet(hub[0]("cifar10", "test"))
-    assert np.array_equal(load_images("cifar10", "test").pixels[0].permute(1, 2, 0), np.array(Image.open(file).convert("RGB")))
+    pixels = load_images("cifar10", "test").pixels[0].permute(1, 2, 0)
+    assert np.array_equal(pixels, np.array(Image.open(file).convert("RGB")))
 
 
 # ---------------------------------------------------------------- a user's own images
 
+BLACK = torch.zeros(4, 3, 8, 8, dtype=torch.uint8)
+
+
 def some(**changes):
-    own = {"pixels": torch.zeros(4, 3, 8, 8, dtype=torch.uint8), "labels": torch.arange(4), "indices": torch.arange(4),
+    own = {"pixels": BLACK, "labels": torch.arange(4), "indices": torch.arange(4),
            "classes": tuple("abcdefghij"), "captions": None}
     return list((own | changes).values())
 
 
 @pytest.mark.parametrize("error, changes, says", [
-    (TypeError, {"pixels": torch.zeros(4, 3, 8, 8)}, "pixels: expected a tensor of torch.uint8, got torch.float32"),
-    (TypeError, {"pixels": np.zeros((4, 3, 8, 8), np.uint8)}, "pixels: expected a tensor of torch.uint8, got ndarray"),
-    (ValueError, {"pixels": torch.zeros(4, 8, 8, 3, dtype=torch.uint8)}, r"pixels: expected the shape \[n, 3, h, w\], got \[4, 8, 8, 3\]"),
-    (ValueError, {"pixels": torch.zeros(3, 8, 8, dtype=torch.uint8)}, r"pixels: .* got \[3, 8, 8\]"),
-    (ValueError, {"pixels": torch.zeros(4, 1, 8, 8, dtype=torch.uint8)}, r"pixels: .* got \[4, 1, 8, 8\]"),
+    (TypeError, {"pixels": BLACK / 255}, "pixels: expected a tensor of torch.uint8, got torch.float32"),
+    (TypeError, {"pixels": BLACK.numpy()}, "pixels: expected a tensor of torch.uint8, got ndarray"),
+    (ValueError, {"pixels": BLACK.permute(0, 2, 3, 1)}, r"pixels: .*\[n, 3, h, w\], got \[4, 8, 8, 3\]"),
+    (ValueError, {"pixels": BLACK[0]}, r"pixels: .* got \[3, 8, 8\]"),
+    (ValueError, {"pixels": BLACK[:, :1]}, r"pixels: .* got \[4, 1, 8, 8\]"),
     (ValueError, {"labels": torch.tensor([0, 1, 99, 10])}, r"labels\[2\] is 99; expected a class, 0 to 9"),
     (ValueError, {"labels": torch.tensor([0, 9, 8, 10])}, r"labels\[3\] is 10; expected a class, 0 to 9"),
     (ValueError, {"labels": torch.tensor([0, -1, 2, 3])}, r"labels\[1\] is -1"),
     (ValueError, {"labels": torch.tensor([-100, -1, 2, 3])}, r"labels\[0\] is -100"),
-    (TypeError, {"labels": torch.arange(4, dtype=torch.int32)}, "labels: expected a tensor of torch.int64, got torch.int32"),
+    (TypeError, {"labels": torch.arange(4).int()}, "labels: expected a tensor of .*int64, got torch.int32"),
     (TypeError, {"labels": torch.arange(4.0)}, "labels: .* got torch.float32"),
     (TypeError, {"labels": [0, 1, 2, 3]}, "labels: .* got list"),
     (ValueError, {"labels": torch.arange(3)}, r"labels: expected one for each of 4 images, got \[3\]"),
-    (ValueError, {"labels": torch.zeros(4, 10, dtype=torch.long)}, r"labels: expected one for each of 4 images, got \[4, 10\]"),
-    (ValueError, {"indices": torch.tensor([5, 6, 5, 6])}, r"indices\[2\] is 5, as indices\[0\]; expected each once"),
-    (ValueError, {"indices": torch.tensor([0, 1, -2, 3])}, r"indices\[2\] is -2; expected a row of the split, from 0"),
+    (ValueError, {"labels": torch.eye(4).long()}, r"labels: expected one for each of 4 images, got \[4, 4\]"),
+    (ValueError, {"indices": torch.tensor([5, 6, 5, 6])}, r"indices\[2\] is 5, as indices\[0\]"),
+    (ValueError, {"indices": torch.tensor([0, 1, -2, 3])}, r"indices\[2\] is -2; expected a row"),
     (TypeError, {"indices": torch.arange(4.0)}, "indices: .* got torch.float32"),
     (ValueError, {"indices": torch.arange(5)}, r"indices: expected one for each of 4 images, got \[5\]"),
     (ValueError, {"captions": ("a cat",)}, "captions: expected 4, one an image, got 1"),
     (TypeError, {"captions": "cats"}, "captions: expected a tuple of sentences, got str"),
-    (TypeError, {"captions": ("a cat", "a dog", None, "a cat")}, r"captions\[2\]: expected a sentence, got NoneType"),
+    (TypeError, {"captions": ("a cat", "a dog", None, "")}, r"captions\[2\]: expected a sentence, got None"),
     (TypeError, {"classes": 10}, "classes: expected a tuple of names, got 10"),
     (TypeError, {"classes": ()}, r"classes: expected a tuple of names, got \(\)"),
 ], ids=str)
@@ -451,11 +481,15 @@ def test_own_images_that_cannot_be_are_refused_at_the_door(error, changes, says)
 
 def test_own_images_can_be_sliced_and_keep_what_they_are():
     images = Images(*some(captions=tuple("wxyz"), indices=torch.tensor([9, 4, 7, 2])), "mine", True)
-    for part in (slice(1, 4, 2), [1, 3], torch.tensor([1, 3]), np.array([1, 3]), torch.tensor([False, True, False, True]), [-3, -1]):
-        one = images[part]
-        assert one.indices.tolist() == [4, 2] and one.captions == ("x", "z") and one.source == "mine" and one.official
+    mask = images.indices < 5
+    positions = [1, 3]
+    for part in (slice(1, 4, 2), positions, torch.tensor(positions), np.array(positions), [-3, -1],
+                 mask, mask.tolist()):
+        two = images[part]
+        assert two.indices.tolist() == [4, 2] and two.captions == ("x", "z")
+        assert two.source == "mine" and two.official
     assert len(images[:0]) == len(images[[]]) == 0
-    with pytest.raises(TypeError, match=r"images\[2\]: expected a slice, list or mask; one image is images\[\[2\]\]"):
+    with pytest.raises(TypeError, match=r"images\[2\]: .*one image is images\[\[2\]\]"):
         images[2]
     with pytest.raises(ValueError, match=r"indices\[1\] is 4, as indices\[0\]"):
         images[[1, 1]]
@@ -464,12 +498,18 @@ def test_own_images_can_be_sliced_and_keep_what_they_are():
 # ---------------------------------------------------------------- requests
 
 @pytest.mark.parametrize("error, settings, says", [
-    (ValueError, {"n": 0}, "n=0: expected n >= 1"), (ValueError, {"n": -3}, "n=-3: expected n >= 1"),
-    (TypeError, {"n": 2.5}, "n=2.5: expected a whole number, n >= 1"), (TypeError, {"n": 2.0}, "n=2.0: expected a whole number"),
-    (TypeError, {"n": True}, "n=True: expected a whole number"), (TypeError, {"n": "2"}, "n='2': expected a whole number"),
-    (ValueError, {"n": 1, "start": -1}, "start=-1: expected start >= 0"), (TypeError, {"n": 1, "start": 1.0}, "start=1.0: expected a whole"),
-    (TypeError, {"n": 1, "start": None}, "start=None: expected a whole"), (TypeError, {"n": 1, "start": False}, "start=False: expected a"),
-    (ValueError, {"crop": 0}, "crop=0: expected crop >= 1"), (TypeError, {"crop": 28.8}, "crop=28.8: expected a whole number"),
+    (ValueError, {"n": 0}, "n=0: expected n >= 1"),
+    (ValueError, {"n": -3}, "n=-3: expected n >= 1"),
+    (TypeError, {"n": 2.5}, "n=2.5: expected a whole number, n >= 1"),
+    (TypeError, {"n": 2.0}, "n=2.0: expected a whole number"),
+    (TypeError, {"n": True}, "n=True: expected a whole number"),
+    (TypeError, {"n": "2"}, "n='2': expected a whole number"),
+    (ValueError, {"n": 1, "start": -1}, "start=-1: expected start >= 0"),
+    (TypeError, {"n": 1, "start": 1.0}, "start=1.0: expected a whole number"),
+    (TypeError, {"n": 1, "start": None}, "start=None: expected a whole number"),
+    (TypeError, {"n": 1, "start": False}, "start=False: expected a whole number"),
+    (ValueError, {"crop": 0}, "crop=0: expected crop >= 1"),
+    (TypeError, {"crop": 28.8}, "crop=28.8: expected a whole number"),
 ], ids=str)
 def test_numbers_of_images_that_cannot_be_are_refused(imagenet, error, settings, says):
     for dataset in ("imagenet",) if "crop" in settings else ("toy", "imagenet"):
