@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import files, runner
-from .profiles import REVISIONS, ROOT, cache_root, data_root, get_profile
+from .profiles import REVISIONS, ROOT, cache_root, get_profile
 
 
 @dataclass(frozen=True)
@@ -236,15 +236,17 @@ def _data_sets(profiles):
     """For each data set once, an Item, or a Check of what is wrong with it."""
     from . import data
     for dataset in dict.fromkeys(p.dataset for p in profiles):
-        asked, item = [p for p in profiles if p.dataset == dataset], _data_set(dataset)
+        asked = [p for p in profiles if p.dataset == dataset]
         most = {"test": max(p.n_images for p in asked), "train": max(p.n_finetune for p in asked)}
         try:
+            item = _data_set(dataset)
             for split, n in most.items() if dataset != "toy" and not item.absent else ():
                 if (dataset, split) != ("imagenet", "train"):
                     data.load_images(dataset, split, 1, start=n - 1)
             yield item
         except (FileNotFoundError, ValueError) as error:
-            yield Check("data", "missing", f"{error} (the profile asks for {n} images)")
+            asks = f" (the profile asks for {n} images)" if "ends before that" in str(error) else ""
+            yield Check("data", "missing", f"{error}{asks}")
 
 
 def _data_set(dataset):
@@ -257,9 +259,9 @@ def _data_set(dataset):
             raise ValueError("\n".join(wrong))
         return "\n".join(line for line, _ in lines)
 
-    folder = data_root() / dataset
     if dataset == "toy":
         return Item("data", "toy, drawn by the code", ROOT, {}, {}, "", "", verify)
+    folder = data.data_folder() / dataset
     if dataset == "imagenet" and (folder / "val").is_dir():
         return Item("data", dataset, folder, {}, {}, "", "", verify)
     if dataset == "imagenet":
@@ -267,6 +269,9 @@ def _data_set(dataset):
     else:
         cifar = data.CIFARS[dataset]
         repository, revision, needed = cifar.repository, cifar.revision, [cifar.file.format(split) for split in ("train", "test")]
+        whole = all((folder / name).is_file() for name in needed)
+        if not whole and (unpacked := data.torchvision_folder(dataset)):
+            return Item("data", dataset, unpacked, {}, {}, "", "", verify)
     item = _on_hub("data", repository, revision, needed, "dataset", folder if folder.is_dir() else None, dataset)
     terms = (f"\nonce you have accepted its terms at https://huggingface.co/datasets/{repository} and logged in (hf auth login); or put "
              f"class folders at {runner.show(folder)}/val/<wnid>/") * (dataset == "imagenet")

@@ -105,6 +105,12 @@ FILES = {"cifar10": "plain_text/{}-00000-of-00001.parquet", "cifar100": "cifar10
 both = pytest.mark.parametrize("dataset", FILES)
 
 
+def nothing(tmp_path):
+    """A folder of data that has none."""
+    (tmp_path / "none").mkdir()
+    return str(tmp_path / "none")
+
+
 def encoded(pixels, kind="png"):
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, kind)
@@ -164,7 +170,7 @@ def test_a_missing_file_is_named(hub, tmp_path, monkeypatch, dataset):
     hub[0](dataset, "test").unlink()
     with pytest.raises(FileNotFoundError, match=f"test-00000-of-00001.parquet is missing; expected the layout of .*uoft-cs/{dataset}"):
         load_images(dataset, "test", 1)
-    monkeypatch.setenv("LGAP_DATA", str(tmp_path / "none"))
+    monkeypatch.setenv("LGAP_DATA", nothing(tmp_path))
     monkeypatch.setenv("LGAP_CACHE", str(tmp_path / "cache"))
     with pytest.raises(FileNotFoundError, match=f"nor could be fetched from the hub .*set LGAP_DATA .*{dataset}/"):
         load_images(dataset, "test", 1)
@@ -175,7 +181,7 @@ def test_the_hub_is_asked_for_one_file_at_a_fixed_revision(hub, tmp_path, monkey
     calls = []
     fetch = lambda *args, **kw: calls.append((args, kw)) or str(tmp_path / dataset / args[1])
     monkeypatch.setattr("huggingface_hub.hf_hub_download", fetch)
-    monkeypatch.setenv("LGAP_DATA", str(tmp_path / "none"))
+    monkeypatch.setenv("LGAP_DATA", nothing(tmp_path))
     monkeypatch.setenv("LGAP_CACHE", "elsewhere")
     with pytest.raises(ValueError, match="is damaged: sha256"):             # it is not the file that the hub has
         load_images(dataset, "test")
@@ -276,6 +282,7 @@ def test_the_real_cifar10():
     parts = {split: load_images("cifar10", split) for split in ("train", "validation", "test")}
     assert [len(part) for part in parts.values()] == [49_000, 1000, 10_000]
     assert parts["test"].labels[:4].tolist() == [3, 8, 8, 0]                     # cat, ship, ship, airplane
+    assert [part.official for part in parts.values()] == [False, False, True]
     assert torch.bincount(parts["test"].labels).tolist() == [1000] * 10
     assert not set(parts["train"].indices.tolist()) & set(parts["validation"].indices.tolist())
     table = pd.read_parquet(data_root() / "cifar10/plain_text/test-00000-of-00001.parquet")
@@ -346,16 +353,6 @@ def test_another_folder_is_taken_as_it_is_and_says_so(imagenet, monkeypatch):
     assert len(load_images("imagenet", "test", 3)) == 3
 
 
-@pytest.mark.parametrize("dataset, other, right", [("cifar10", "cifar-10-batches-py/test_batch", FILES["cifar10"].format("test")),
-                                                   ("imagenet", "train/n01440764/a.JPEG", "val/n01440764/a.JPEG")])
-def test_a_folder_of_another_layout_is_not_at_hand(tmp_path, monkeypatch, dataset, other, right):
-    monkeypatch.setenv("LGAP_DATA", str(tmp_path))
-    for file, expected in ((other, False), (right, True)):
-        (tmp_path / dataset / file).parent.mkdir(parents=True)
-        (tmp_path / dataset / file).touch()
-        assert data.at_hand(dataset) == expected
-
-
 def test_half_of_imagenets_list_is_not_at_hand(imagenet):
     folder, names = imagenet
     assert data.at_hand("imagenet")
@@ -410,7 +407,7 @@ def test_imagenet_that_is_nowhere_is_said_so(imagenet, tmp_path, monkeypatch):
     imagenet[0].rename(tmp_path / "imagenet" / "validation")
     with pytest.raises(FileNotFoundError, match="00000-of-00014.parquet is missing; expected .*ILSVRC/imagenet-1k, or imagenet/val/<wnid>"):
         load_images("imagenet", "test")
-    monkeypatch.setenv("LGAP_DATA", str(tmp_path / "none"))
+    monkeypatch.setenv("LGAP_DATA", nothing(tmp_path))
     monkeypatch.setenv("LGAP_CACHE", str(tmp_path / "cache"))
     with pytest.raises(FileNotFoundError, match="nor could be fetched .*set LGAP_DATA to .*imagenet/val/<wnid>.*gated: accept its terms"):
         load_images("imagenet", "test")
@@ -438,14 +435,15 @@ def test_the_hubs_shards_hold_the_same_images(shards, tmp_path, monkeypatch):
     calls = []
     fetch = lambda *args, **kw: calls.append((*args, kw["revision"])) or str(tmp_path / args[1])
     monkeypatch.setattr("huggingface_hub.hf_hub_download", fetch)
-    monkeypatch.setenv("LGAP_DATA", str(tmp_path / "none"))
+    monkeypatch.setenv("LGAP_DATA", nothing(tmp_path))
     hub = load_images("imagenet", "test")
     assert calls == [("ILSVRC/imagenet-1k", name, data.IMAGENET_REVISION) for name in data.IMAGENET_SHARDS]
     monkeypatch.setenv("LGAP_DATA", str(tmp_path))
     (tmp_path / "elsewhere").rename(tmp_path / "imagenet" / "val")
     folder = load_images("imagenet", "test")
     for images in (parquet, hub):
-        assert torch.equal(images.pixels, folder.pixels) and torch.equal(images.labels, folder.labels) and images.source == folder.source
+        assert torch.equal(images.pixels, folder.pixels) and torch.equal(images.labels, folder.labels)
+        assert images.source == folder.source and images.official
 
 
 @pytest.mark.parametrize("change, says", [

@@ -28,6 +28,7 @@ def alone(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "torch"))
     for name in ("data", "cache", "outputs"):
         monkeypatch.setenv(f"LGAP_{name.upper()}", str(tmp_path / name))
+    (tmp_path / "data").mkdir()
     monkeypatch.delenv("LGAP_DEVICE", raising=False)
     monkeypatch.delenv("LGAP_LOCK", raising=False)
 
