@@ -52,16 +52,13 @@ class Cifar:
     label: str
     classes: tuple
     folder: str             # where torchvision unpacks it
-    batches: tuple          # torchvision's files of the train split, in the order of the hub's rows
 
 
-# The hub made its parquet by going through the archive, where CIFAR-10's batches lie in this order and not in
-# that of their numbers: the first hundred labels that it shows are data_batch_4's.
 CIFARS = {
     "cifar10": Cifar("uoft-cs/cifar10", "0b2714987fa478483af9968de7c934580d0bb9a2", "plain_text/{}-00000-of-00001.parquet", "label",
-                     CIFAR10_CLASSES, "cifar-10-batches-py", tuple(f"data_batch_{k}" for k in "43251")),
+                     CIFAR10_CLASSES, "cifar-10-batches-py"),
     "cifar100": Cifar("uoft-cs/cifar100", "aadb3af77e9048adbea6b47c21a81e47dd092ae5", "cifar100/{}-00000-of-00001.parquet", "fine_label",
-                      CIFAR100_CLASSES, "cifar-100-python", ("train",)),
+                      CIFAR100_CLASSES, "cifar-100-python"),
 }
 IMAGENET, IMAGENET_REVISION = "ILSVRC/imagenet-1k", "49e2ee26f3810fb5a7536bbf732a7b07389a47b5"
 IMAGENET_SHARDS = tuple(f"data/validation-{k:05}-of-00014.parquet" for k in range(14))
@@ -290,11 +287,13 @@ def torchvision_folder(dataset):
 
 
 def _kind(dataset):
-    """torchvision's class of a CIFAR, its batches in the order of the hub's rows."""
+    """torchvision's class of a CIFAR, whose rows are in the official order: data_batch_1 to data_batch_5.
+
+    A parquet file that was made by going through the archive may begin with another batch of CIFAR-10's train split. Its
+    rows are then other images, which a folder of rows refuses to mix, as a row is tied to its pixels.
+    """
     from torchvision import datasets
-    kind, order = getattr(datasets, dataset.upper()), CIFARS[dataset].batches
-    batches = sorted(kind.train_list, key=lambda batch: order.index(batch[0]))
-    return type(kind.__name__, (kind,), {"train_list": batches})
+    return getattr(datasets, dataset.upper())
 
 
 def _torchvision(dataset, part, folder):
