@@ -5,6 +5,9 @@ on first use and checked ever after. Nothing here needs torch.
 """
 from __future__ import annotations
 
+import contextlib
+import errno
+import functools
 import hashlib
 import json
 import os
@@ -84,6 +87,57 @@ def write_whole(path, data):
     except OSError as error:
         part.unlink(missing_ok=True)
         raise OSError(error.errno, f"{path} could not be written ({error.strerror}); what lay there before is untouched") from error
+
+
+# ---------------------------------------------------------------- one writer a folder
+
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)       # what a file system answers that has none, as NFS and Lustre can
+
+
+@contextlib.contextmanager
+def one_writer(folder, wait=False):
+    """Keep `folder` for the thread that asks, which may ask again; it is made where it is not there.
+
+    The system drops the lock with the process, however that ends. wait: wait for another writer, and say so. Raises
+    BlockingIOError where another writes into it and `wait` is false, and OSError where nothing can be written.
+    On a file system without locks it says so once and goes on.
+    """
+    lock = _take(Path(folder), wait)
+    try:
+        yield
+    finally:
+        if lock:
+            lock.release()
+
+
+def _take(folder, wait):
+    """The lock of `folder`, held, or None where its file system has none."""
+    from filelock import FileLock, Timeout
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / ".lock", is_singleton=True, fallback_to_soft=False)
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            if not wait:
+                raise
+            print(f"another process writes into {folder}; waiting for it", flush=True)
+            lock.acquire()
+        return lock
+    except Timeout:
+        raise BlockingIOError(f"another process writes into {folder}; wait for it, "
+                              "or choose another folder with LGAP_OUTPUTS") from None
+    except (OSError, NotImplementedError) as error:
+        if isinstance(error, NotImplementedError) or error.errno in NO_LOCKS:
+            _say_once("this file system has no locks, so nothing keeps two runs apart; start one at a time in a folder")
+            return None
+        raise OSError(error.errno, f"{folder} cannot be written into ({error.strerror}); "
+                                   "choose another folder with LGAP_OUTPUTS") from error
+
+
+@functools.cache
+def _say_once(line):
+    print(line, flush=True)
 
 
 # ---------------------------------------------------------------- downloads and their lock file
