@@ -145,7 +145,7 @@ def check_finished(nb, error=None):
         for output in cell["outputs"]:
             if output["output_type"] == "error":
                 why = f"{output['ename']}: {output['evalue']}"
-    return stopped + why.strip().splitlines()[-1]
+    return stopped + why.strip(" :\n").splitlines()[-1]
 
 
 def run(path, target, values):
