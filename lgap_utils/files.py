@@ -85,7 +85,8 @@ def write_whole(path, data):
             os.fsync(f.fileno())
         os.replace(part, path)
     except OSError as error:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):      # a read-only disk does not even say that it is not there
+            part.unlink(missing_ok=True)
         raise OSError(error.errno, f"{path} could not be written ({error.strerror}); what lay there before is untouched") from error
 
 

@@ -249,8 +249,12 @@ def check_folder(out):
     """Refuse a folder that cannot take results, or that holds a torn results.json, before anything is computed for it."""
     if out.is_relative_to(PUBLISHED):
         raise ValueError(f"{show(PUBLISHED)} holds published results; choose another folder with LGAP_OUTPUTS")
-    write_whole(out / ".room", bytes(1 << 20))      # the notebooks and tables need more than that
-    (out / ".room").unlink()
+    try:
+        write_whole(out / ".room", bytes(1 << 20))      # notebooks and tables need no less
+        (out / ".room").unlink()
+    except OSError as error:
+        raise OSError(error.errno, f"{show(out)} has no room for results ({os.strerror(error.errno)}); "
+                                   "choose another folder with LGAP_OUTPUTS") from error
     results = out / "results.json"
     try:
         whole = not results.exists() or isinstance(json.loads(results.read_text(encoding="utf-8")), dict)
