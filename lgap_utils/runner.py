@@ -22,7 +22,7 @@ import time
 from .files import one_writer, write_whole
 from .profiles import PROFILES, ROOT, get_profile, output_root
 
-PUBLISHED = ROOT / "outputs" / "published"      # tracked; tools/publish.py writes there, and nothing else does
+PUBLISHED = ROOT / "outputs" / "published"      # tracked: nothing but tools/publish.py writes there
 GO_ON = "what is finished is kept: run the same command again to go on from there"
 
 
@@ -91,7 +91,7 @@ def fits(value, default):
 
 
 def check_settings(settings, defaults, profile):
-    """Refuse a name that neither a notebook nor the profile has, a value of the wrong kind, and a ROW that is not among the images.
+    """Refuse a name that neither a notebook nor the profile has, and a value that one of them cannot take.
 
     defaults: {notebook: {NAME: default}}.
     """
@@ -106,7 +106,8 @@ def check_settings(settings, defaults, profile):
                 raise ValueError(f"--set {name}={value!r}: {path.name} has {found[name]!r} here, "
                                  f"so this should be of type {type(found[name]).__name__}")
     # A notebook's None stands for the profile's value, and the profile knows which values it can take.
-    p = get_profile(profile, **{name.lower(): value for name, value in settings.items() if name.lower() in fields})
+    own = {name.lower(): value for name, value in settings.items() if name.lower() in fields}
+    p = get_profile(profile, **own)
     for path, found in defaults.items():
         if {"ROW", "N_IMAGES"} <= found.keys():
             row, n = (settings.get(name, found[name]) for name in ("ROW", "N_IMAGES"))
@@ -222,21 +223,24 @@ def ready(profile, notebooks, settings):
 
 def lacking():
     """Why no notebook would find its packages, or None: the kernel `python3` may be another environment's."""
-    absent = [name for name in ("torch", "papermill", "ipykernel", "filelock") if importlib.util.find_spec(name) is None]
-    if absent:
-        return f"{sys.executable} lacks {', '.join(absent)}; run ./run_all.sh outside of it, or 'pip install -r requirements.txt' in it"
+    needed = ("torch", "papermill", "ipykernel", "filelock")
+    if absent := [name for name in needed if importlib.util.find_spec(name) is None]:
+        return (f"{sys.executable} lacks {', '.join(absent)}; start ./run_all.sh without it, "
+                "or run 'pip install -r requirements.txt' in it")
     from jupyter_client import KernelManager
     from jupyter_client.kernelspec import NoSuchKernel
     try:
         manager = KernelManager(kernel_name="python3")
         python, spec = manager.format_kernel_cmd()[0], manager.kernel_spec.resource_dir
     except (NoSuchKernel, OSError, ValueError) as error:      # none, or one whose kernel.json is damaged
-        return f"the Jupyter kernel python3 cannot be read ({error}); 'pip install --force-reinstall ipykernel' in this environment"
+        return (f"the Jupyter kernel python3 cannot be read ({error}); "
+                "run 'pip install --force-reinstall ipykernel' in this environment")
     if python == sys.executable:
         return None
     where = "import os, sys; print(os.path.realpath(sys.prefix), *sys.version_info[:2])"
     try:
-        answers = [subprocess.run([each, "-c", where], capture_output=True, text=True).stdout for each in (sys.executable, python)]
+        answers = [subprocess.run([each, "-c", where], capture_output=True, text=True).stdout
+                   for each in (sys.executable, python)]
     except OSError:
         answers = ["this one", "none"]
     if answers[0] == answers[1]:
@@ -246,9 +250,10 @@ def lacking():
 
 
 def check_folder(out):
-    """Refuse a folder that cannot take results, or that holds a torn results.json, before anything is computed for it."""
+    """Refuse a folder that cannot take results, or holds a torn results.json, before anything is computed."""
     if out.is_relative_to(PUBLISHED):
-        raise ValueError(f"{show(PUBLISHED)} holds published results; choose another folder with LGAP_OUTPUTS")
+        raise ValueError(f"{show(PUBLISHED)} holds published results; "
+                         "choose another folder with LGAP_OUTPUTS")
     try:
         write_whole(out / ".room", bytes(1 << 20))      # notebooks and tables need no less
         (out / ".room").unlink()
@@ -261,7 +266,8 @@ def check_folder(out):
     except ValueError:
         whole = False
     if not whole:
-        raise ValueError(f"{show(results)} is torn or no JSON object; move it away, and the notebooks write it anew")
+        raise ValueError(f"{show(results)} is torn or no JSON object; move it away: "
+                         "the notebooks of Tables 1 to 4 write it anew")
 
 
 def run_all(plan, out):
@@ -276,7 +282,8 @@ def run_all(plan, out):
             problem = run(path, target, values)
             took = duration(time.monotonic() - start)
             if problem:
-                sys.exit(f"run_all.sh: {path.name} failed after {took}: {problem}\nWhat ran so far: {show(target)}; {GO_ON}")
+                sys.exit(f"run_all.sh: {path.name} failed after {took}: {problem}\n"
+                         f"What ran so far: {show(target)}; {GO_ON}")
             print(f"    {took}", flush=True)
         report(out, before)
 
@@ -315,7 +322,7 @@ def main(argv=None, folder=ROOT / "notebooks"):
     except ValueError as error:
         sys.exit(f"run_all.sh: {error}")
     except OSError as error:
-        sentence = error.strerror if error.filename is None else None       # without its number, where it is one of files.py
+        sentence = error.strerror if error.filename is None else None       # files.py's own, without its number
         sys.exit(f"run_all.sh: {sentence or error}")
 
 
@@ -327,7 +334,7 @@ def quietly(main):
         finally:
             print(end="", flush=True)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())      # or Python tries once more on its way out
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())      # or Python tries again on its way out
         sys.exit(128 + signal.SIGPIPE)
 
 
@@ -337,7 +344,7 @@ def stopped(number, frame):
 
 
 def command():
-    """`main`, which a signal ends with a word on how to go on; Jupyter shuts its kernel down on the way out."""
+    """`main`; a signal ends it with a word on how to go on, and Jupyter shuts its kernel down on the way out."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:      # as under nohup
             signal.signal(number, stopped)

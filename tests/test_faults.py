@@ -1,4 +1,4 @@
-"""Machines that fail: full and read-only disks, file systems without locks, signals, and a checkout that a run must leave as it was."""
+"""Full and read-only disks, file systems without locks, signals, and a checkout that a run leaves as it was."""
 import errno
 import fcntl
 import os
@@ -25,7 +25,7 @@ from lgap_utils.profiles import ROOT
 
 
 def refused(folder):
-    """What another thread is told that asks for `folder`, or None; it is to one_writer what another process is."""
+    """What another thread is told that asks for `folder`, or None; it stands for another process."""
     said = []
 
     def ask():
@@ -44,7 +44,8 @@ def refused(folder):
 def test_a_folder_has_one_writer_and_who_waits_says_so(tmp_path, capsys):
     folder = tmp_path / "new" / "rows"
     with one_writer(folder), one_writer(folder):            # the same thread may ask again
-        assert refused(folder) == f"another process writes into {folder}; wait for it, or choose another folder with LGAP_OUTPUTS"
+        assert refused(folder) == (f"another process writes into {folder}; wait for it, "
+                                   "or choose another folder with LGAP_OUTPUTS")
         assert refused(tmp_path / "other") is None
     assert refused(folder) is None
 
@@ -68,7 +69,8 @@ def test_a_folder_has_one_writer_and_who_waits_says_so(tmp_path, capsys):
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
 @pytest.mark.parametrize("wait", [False, True])
-def test_a_file_system_without_locks_is_named_once_and_stops_nothing(number, wait, tmp_path, monkeypatch, capsys):
+def test_a_file_system_without_locks_is_named_once_and_stops_nothing(number, wait, tmp_path, monkeypatch,
+                                                                     capsys):
     def none(*_):
         raise OSError(number, os.strerror(number))
 
@@ -83,10 +85,10 @@ def test_a_file_system_without_locks_is_named_once_and_stops_nothing(number, wai
 
 def test_a_folder_that_cannot_be_made_is_told(tmp_path):
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(OSError, match="file/rows cannot be written into .Not a directory.; choose another folder"):
+    with pytest.raises(OSError, match="file/rows cannot be written into .Not a directory.; choose another"):
         with one_writer(tmp_path / "file" / "rows"):
             pass
-    with pytest.raises(KeyError):                           # an error of the caller's own is passed on, and the folder is free again
+    with pytest.raises(KeyError):                   # the caller's own is passed on, and the folder is free again
         with one_writer(tmp_path / "rows"):
             raise KeyError
     assert refused(tmp_path / "rows") is None
@@ -100,7 +102,8 @@ def disk(tmp_path):
     place = tmp_path / "disk"
     place.mkdir()
     try:
-        made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", place], capture_output=True, text=True)
+        made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", place],
+                              capture_output=True, text=True)
     except FileNotFoundError:
         pytest.skip("no mount command")
     if made.returncode:
@@ -124,14 +127,16 @@ def make_read_only(disk):
 
 
 def contents(folder):
-    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file() and path.name != ".lock"}
+    there = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != ".lock"]
+    return {path: path.read_bytes() for path in there}
 
 
 def some_rows(start, n=4):
     return [{"index": i, "label": i % 10, "pixels": os.urandom(3000)} for i in range(start, start + n)]
 
 
-FAULTS = pytest.mark.parametrize("fault, words", [(fill, "No space left on device"), (make_read_only, "Read-only file system")])
+FAULTS = pytest.mark.parametrize("fault, words", [(fill, "No space left on device"),
+                                                  (make_read_only, "Read-only file system")])
 
 
 @FAULTS
@@ -155,12 +160,6 @@ def test_a_freed_disk_takes_the_rows_that_were_missing(disk):
     assert len(Rows(disk / "rows", {"seed": 0}).read()) == 4
 
 
-def save_results(folder, k):
-    found = report.share([True, False])
-    rows = [{"method": f"ours {i}", "attack": "PGD", "natural": found, "robust": found, "protocol": "mine"} for i in range(k)]
-    report.write_results(folder, 1, rows, {})
-
-
 def save_figure(folder, k):
     import matplotlib.pyplot as plt
     figure, axis = plt.subplots()
@@ -170,7 +169,7 @@ def save_figure(folder, k):
 
 
 SAVED = {"table": lambda folder, k: report.save_table(pd.DataFrame({"k": range(k)}), folder, "table"),
-         "results.json": save_results, "figure": save_figure}
+         "figure": save_figure}
 
 
 @FAULTS
@@ -211,16 +210,16 @@ def notebook(folder, *sources):
 
 
 def start(folder, outputs):
-    """The runner as a process of its own, as run_all.sh starts it, on the notebooks of `folder`; it asks no doctor."""
+    """The runner as run_all.sh starts it, on the notebooks of `folder`; it asks no doctor."""
     script = textwrap.dedent(f"""
         import functools, pathlib, signal
         from lgap_utils import runner
-        signal.signal(signal.SIGINT, signal.default_int_handler)        # a test may have been started with Ctrl-C ignored
+        signal.signal(signal.SIGINT, signal.default_int_handler)    # whoever started the tests may ignore Ctrl-C
         runner.ready = lambda *_: True
         runner.main = functools.partial(runner.main, [], pathlib.Path({str(folder)!r}))
         runner.command()""")
-    return subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, env=os.environ | {"LGAP_OUTPUTS": str(outputs)},
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            text=True, env=os.environ | {"LGAP_OUTPUTS": str(outputs)})
 
 
 def wait_for(condition, process=None):
@@ -246,7 +245,7 @@ def processes_of(outputs):
     return found
 
 
-needs_proc = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc, to look for kernels")
+needs_proc = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="looks for kernels in /proc")
 
 
 @needs_proc
@@ -265,7 +264,7 @@ def test_a_signal_ends_run_and_kernel_and_says_how_to_go_on(number, tmp_path):
         assert run.returncode == 128 + number
         assert said == (f"run_all.sh: stopped by {number.name}; what is finished is kept: "
                         "run the same command again to go on from there\n")
-    wait_for(lambda: not processes_of(outputs))                             # Jupyter's kernels look for their parent once a second
+    wait_for(lambda: not processes_of(outputs))     # a kernel looks for its parent once a second
     with one_writer(outputs / "toy"):
         pass
 
@@ -296,38 +295,41 @@ def test_a_disk_that_fills_up_during_a_run_ends_it_with_a_reason_and_leaves_the_
 
 # ---------------------------------------------------------------- a whole checkout
 
+def git(folder, *arguments):
+    done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"needs a git checkout: {done.stderr.strip()}")
+    return done.stdout
+
+
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory):
     """A clone of the working tree, as git sees it, less the models of `small`."""
-    names = subprocess.run(["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"], cwd=ROOT, capture_output=True, text=True)
-    if names.returncode:
-        pytest.skip("not a git checkout")
+    names = git(ROOT, "ls-files", "--cached", "--others", "--exclude-standard", "-z")
     clone = tmp_path_factory.mktemp("a clone") / "lgap"
-    for name in filter(None, names.stdout.split("\0")):
+    for name in filter(None, names.split("\0")):
         if (ROOT / name).is_file() and not name.startswith("checkpoints/small/"):
             (clone / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, clone / name)
-    for command in (["init", "--quiet"], ["add", "--all"]):
-        subprocess.run(["git", *command], cwd=clone, check=True)
+    git(clone, "init")
+    git(clone, "add", "--all")
     return clone
 
 
 def call(checkout, *command, **environment):
-    """A command in the clone, with this environment's packages and the outputs that it would have by itself."""
+    """A command in the clone, with this environment's packages and outputs where a user has them."""
     mine = {name: value for name, value in os.environ.items() if not name.startswith(("LGAP_", "CONDA_"))}
     return subprocess.Popen(command, cwd=checkout, env=mine | {"VIRTUAL_ENV": sys.prefix, **environment},
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def test_a_run_in_a_fresh_clone_changes_no_file_that_git_knows(checkout):
-    done = call(checkout, "./run_all.sh", "toy", "--only", "01", *(word for name in ("n_images=2", "n_steps=2") for word in ("--set", name)))
+    done = call(checkout, "./run_all.sh", "toy", "--only", "01", "--set", "n_images=2", "--set", "n_steps=2")
     out, said = done.communicate()
     assert done.returncode == 0, said
-    assert "| names the true class, clean" in out and "table1" not in out       # its own table, and none that came with the clone
+    assert "| names the true class, clean" in out and "table1" not in out       # its own, and none of the clone's
     assert (checkout / "outputs/toy/tables/01_captions.md").is_file()
-    changed = subprocess.run(["git", "diff", "--name-only"], cwd=checkout, capture_output=True, text=True, check=True).stdout
-    new = subprocess.run(["git", "ls-files", "--others", "--exclude-standard"], cwd=checkout, capture_output=True, text=True, check=True).stdout
-    assert (changed, new) == ("", "")
+    assert git(checkout, "diff", "--name-only") == git(checkout, "ls-files", "--others", "--exclude-standard") == ""
 
 
 GROWS = """import pathlib, sys, time
@@ -350,7 +352,8 @@ def test_run_all_stopped_by_a_signal_leaves_whole_rows_and_goes_on_from_there(ch
     wait_for(lambda: len(shards()) > 3, run)
     run.send_signal(signal.SIGTERM)
     said = run.communicate()[1]
-    assert run.returncode == 128 + signal.SIGTERM and "run the same command again to go on from there" in said and "Traceback" not in said
+    assert run.returncode == 128 + signal.SIGTERM and "Traceback" not in said
+    assert "run the same command again to go on from there" in said
     wait_for(lambda: not processes_of(tmp_path))
     kept = len(shards())
     assert [len(pd.read_parquet(shard)) for shard in shards()] == [1] * kept
@@ -364,7 +367,8 @@ def test_run_all_stopped_by_a_signal_leaves_whole_rows_and_goes_on_from_there(ch
 def test_a_notebook_that_reaches_for_the_network_is_caught(tmp_path):
     script = """if True:
         import os, socket, urllib.request
-        for reach in (lambda: socket.create_connection(("192.0.2.1", 80), 1), lambda: urllib.request.urlopen("http://example.org", timeout=1),
+        for reach in (lambda: socket.create_connection(("192.0.2.1", 80), 1),
+                      lambda: urllib.request.urlopen("http://example.org", timeout=1),
                       lambda: socket.socket(type=socket.SOCK_DGRAM).sendto(b"x", ("192.0.2.2", 53)),
                       lambda: socket.socket().connect_ex(("192.0.2.3", 80))):
             try:
@@ -374,10 +378,13 @@ def test_a_notebook_that_reaches_for_the_network_is_caught(tmp_path):
         with socket.create_server(("127.0.0.1", 0)) as server:
             socket.create_connection(server.getsockname()).close()
         print(os.environ.get("HF_HUB_OFFLINE"))"""
-    guard = {"PYTHONPATH": str(ROOT / "tests/guard"), "LGAP_TRESPASS": str(tmp_path / "trespass"), "HF_HUB_OFFLINE": "1", "no_proxy": "*"}
-    done = subprocess.run([sys.executable, "-c", script, "ipykernel_launcher"], env=os.environ | guard, capture_output=True, text=True)
+    guard = {"PYTHONPATH": str(ROOT / "tests/guard"), "LGAP_TRESPASS": str(tmp_path / "trespass"),
+             "HF_HUB_OFFLINE": "1", "no_proxy": "*"}
+    done = subprocess.run([sys.executable, "-c", script, "ipykernel_launcher"], env=os.environ | guard,
+                          capture_output=True, text=True)
     assert done.stdout == "None\n", done.stderr
-    assert (tmp_path / "trespass").read_text().split() == ["192.0.2.1", "example.org", "192.0.2.2", "192.0.2.3"]
+    noted = (tmp_path / "trespass").read_text().split()
+    assert noted == ["192.0.2.1", "example.org", "192.0.2.2", "192.0.2.3"]
     # the stored notebooks run so, and one attempt fails the whole
     script = (ROOT / "run_tests.sh").read_text()
     assert "PYTHONPATH=$root/tests/guard" in script and 'if [ -s "$LGAP_TRESPASS" ]; then' in script

@@ -181,8 +181,10 @@ def held(tmp_path):
     started = []
 
     def hold(folder):
-        script = f"from lgap_utils.files import one_writer\nwith one_writer({str(folder)!r}): print('held', flush=True); input()"
-        started.append(subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
+        script = ("from lgap_utils.files import one_writer\n"
+                  f"with one_writer({str(folder)!r}): print('held', flush=True); input()")
+        started.append(subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, text=True,
+                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE))
         assert started[-1].stdout.readline() == "held\n"
         return started[-1]
 
@@ -228,7 +230,8 @@ def test_only_what_the_run_wrote_is_shown(write, tmp_path, capsys):
 @pytest.mark.parametrize("argv, words", [
     (["--set", "row=99", "--only", "02"], "ROW=99: 02_second.ipynb looks at 6 images; expected 0 to 5"),
     (["--set", "row=-1"], "ROW=-1: 01_first.ipynb looks at 8 images; expected 0 to 7"),
-    (["--set", "row=3", "--set", "n_images=3", "--only", "02"], "ROW=3: 02_second.ipynb looks at 3 images; expected 0 to 2"),
+    (["--set", "row=3", "--set", "n_images=3", "--only", "02"],
+     "ROW=3: 02_second.ipynb looks at 3 images; expected 0 to 2"),
     (["--set", "row=8"], "ROW=8: 01_first.ipynb looks at 8 images; expected 0 to 7"),
 ])
 def test_a_row_that_is_not_among_the_images_is_refused(argv, words, write, capsys, tmp_path):
@@ -244,7 +247,7 @@ def test_a_row_that_is_not_among_the_images_is_refused(argv, words, write, capsy
     (["--set", "num_inference_steps=5", "--only", "07"], "strength=0.1 of num_inference_steps=5 gives 0 denoising steps"),
     (["--set", "strength=0.01"], "strength=0.01"),
 ])
-def test_each_selected_notebooks_own_settings_are_checked_before_anything_starts(argv, words, tmp_path, monkeypatch, capsys):
+def test_the_settings_of_each_selected_notebook_are_checked_first(argv, words, tmp_path, monkeypatch, capsys):
     """The real profiles and notebooks: Table 4 has a strength of its own."""
     monkeypatch.undo()
     monkeypatch.setenv("LGAP_OUTPUTS", str(tmp_path / "outputs"))
@@ -260,13 +263,15 @@ def test_a_torn_results_file_is_told_before_the_run_and_kept(text, write, tmp_pa
     folder, results = write("01_first", "PROFILE = 'toy'"), tmp_path / "outputs/toy/results.json"
     results.parent.mkdir(parents=True)
     results.write_text(text, errors="surrogateescape")
-    assert f"{results} is torn or no JSON object; move it away" in failure(folder)
+    said = failure(folder)
+    assert str(results) in said and "move it away" in said
     assert results.read_text(errors="surrogateescape") == text and not (results.parent / "notebooks").exists()
 
 
 def test_no_run_writes_where_published_results_lie(write, monkeypatch):
     monkeypatch.setenv("LGAP_OUTPUTS", str(runner.PUBLISHED))
-    assert "outputs/published holds published results; choose another folder with LGAP_OUTPUTS" in failure(write("01_first", "PROFILE = 'toy'"))
+    said = failure(write("01_first", "PROFILE = 'toy'"))
+    assert said == "run_all.sh: outputs/published holds published results; choose another folder with LGAP_OUTPUTS"
 
 
 def test_outputs_that_are_a_file_are_told_in_one_sentence(write, tmp_path):
@@ -287,7 +292,8 @@ def kernel(folder, monkeypatch, text):
 @pytest.mark.parametrize("python", ["elsewhere/bin/python", "gone"])
 def test_a_kernel_of_another_environment_is_told_before_the_run(python, write, tmp_path, monkeypatch):
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "elsewhere"], check=True)
-    kernel(tmp_path / "mine", monkeypatch, json.dumps({"argv": [str(tmp_path / python)], "display_name": "mine", "language": "python"}))
+    spec = {"argv": [str(tmp_path / python)], "display_name": "mine", "language": "python"}
+    kernel(tmp_path / "mine", monkeypatch, json.dumps(spec))
     said = failure(write("01_first", "PROFILE = 'toy'"))
     assert f"the Jupyter kernel python3 starts {tmp_path / python} and not {sys.executable}" in said
     assert f"move {tmp_path / 'mine/kernels/python3'} away" in said and "\n" not in said
@@ -297,7 +303,8 @@ def test_a_kernel_of_another_environment_is_told_before_the_run(python, write, t
 def test_a_kernel_of_this_environment_by_another_path_is_none_of_another(tmp_path, monkeypatch):
     (tmp_path / "link").symlink_to(sys.prefix)
     python = str(tmp_path / "link" / os.path.relpath(sys.executable, sys.prefix))
-    kernel(tmp_path / "mine", monkeypatch, json.dumps({"argv": [python], "display_name": "mine", "language": "python"}))
+    spec = {"argv": [python], "display_name": "mine", "language": "python"}
+    kernel(tmp_path / "mine", monkeypatch, json.dumps(spec))
     assert runner.lacking() is None
 
 
@@ -310,7 +317,8 @@ def test_a_damaged_kernel_and_a_missing_package_are_told(tmp_path, monkeypatch):
 
 def test_a_cell_that_takes_too_long_is_named(write, monkeypatch):
     """papermill, given a limit, interrupts the cell."""
-    monkeypatch.setattr(papermill, "execute_notebook", functools.partial(papermill.execute_notebook, execution_timeout=1))
+    limited = functools.partial(papermill.execute_notebook, execution_timeout=1)
+    monkeypatch.setattr(papermill, "execute_notebook", limited)
     said = failure(write("01_first", "PROFILE = 'toy'", "import time\ntime.sleep(60)", "print('never')"))
     assert "01_first.ipynb failed after" in said and "cell [3], `import time`: KeyboardInterrupt\n" in said
     assert "what is finished is kept: run the same command again to go on from there" in said
@@ -318,12 +326,14 @@ def test_a_cell_that_takes_too_long_is_named(write, monkeypatch):
 
 @pytest.mark.parametrize("number", ["SIGTERM", "SIGKILL"])
 def test_a_kernel_that_a_signal_ends_is_noticed(number, write):
-    said = failure(write("01_first", "PROFILE = 'toy'", f"import os, signal\nos.kill(os.getpid(), signal.{number})", "1"))
+    dies = f"import os, signal\nos.kill(os.getpid(), signal.{number})"
+    said = failure(write("01_first", "PROFILE = 'toy'", dies, "1"))
     assert "cell [3], `import os, signal`: DeadKernelError: Kernel died" in said and runner.GO_ON in said
 
 
-@pytest.mark.parametrize("command", [["lgap_utils.runner", "--list"], ["lgap_utils.runner", "--help"], ["lgap_utils", "doctor", "--help"]])
+@pytest.mark.parametrize("command", [["lgap_utils.runner", "--list"], ["lgap_utils.runner", "--help"],
+                                     ["lgap_utils", "doctor", "--help"]])
 def test_a_reader_that_goes_away_is_no_error(command):
-    done = subprocess.run(["bash", "-c", '"$@" | true; exit "${PIPESTATUS[0]}"', "", sys.executable, "-m", *command],
-                          cwd=ROOT, capture_output=True, text=True)
+    piped = ["bash", "-c", '"$@" | true; exit "${PIPESTATUS[0]}"', ""]
+    done = subprocess.run([*piped, sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True)
     assert done.stderr == "" and done.returncode in (0, 128 + signal.SIGPIPE)

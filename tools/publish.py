@@ -1,8 +1,9 @@
 """Puts what a run measured where readers find it:   python tools/publish.py PROFILE
 
-Copies tables, charts, results.json, the rows of Tables 1 to 4 and the fine-tuned classifier from outputs/PROFILE (or $LGAP_OUTPUTS) to
-outputs/published/PROFILE, except for what .gitignore names, and fills the README's tables, between `<!-- table: FILE -->` and
-`<!-- end -->`, so that no number is typed by hand. No run reads or writes there: a clone measures anew.
+Copies tables, charts, results.json, the rows of Tables 1 to 4 and the fine-tuned classifier from outputs/PROFILE
+(or $LGAP_OUTPUTS) to outputs/published/PROFILE, except for what .gitignore names, and fills the README's tables,
+between `<!-- table: FILE -->` and `<!-- end -->`, so that no number is typed by hand. No run reads or writes
+there: a clone measures anew.
 """
 import json
 import pathlib
@@ -18,8 +19,9 @@ from lgap_utils.files import one_writer  # noqa: E402
 from lgap_utils.profiles import PROFILES, output_root  # noqa: E402
 
 MARKED = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
-RESULTS = ("results.json", "tables/*.csv", "tables/*.md", "tables/*.tex", "figures/*.png", "rows/table*/*/*.parquet",
-           "rows/table*/*/config.json", "classifier_*/*.json", "classifier_*/*.safetensors", "classifier_*/SHA256SUMS")
+RESULTS = ("results.json", "tables/*.csv", "tables/*.md", "tables/*.tex", "figures/*.png",
+           "rows/table*/*/*.parquet", "rows/table*/*/config.json",
+           "classifier_*/*.json", "classifier_*/*.safetensors", "classifier_*/SHA256SUMS")
 
 
 def filled(text, root=ROOT):
@@ -31,17 +33,18 @@ def filled(text, root=ROOT):
 
 
 def kept(root, files):
-    """Those of `files`, paths below `root`, that git would keep there. Raises RuntimeError outside of a git checkout."""
-    names = "\0".join(map(str, files))
-    asked = subprocess.run(["git", "check-ignore", "--no-index", "--stdin", "-z"], cwd=root, input=names, capture_output=True, text=True)
+    """Those of `files`, paths below `root`, that git would keep. Raises RuntimeError outside of a git checkout."""
+    asked = subprocess.run(["git", "check-ignore", "--no-index", "--stdin", "-z"], cwd=root,
+                           input="\0".join(map(str, files)), capture_output=True, text=True)
     if asked.returncode not in (0, 1):
-        raise RuntimeError(f"publishing needs a git checkout, for what .gitignore names stays out: {asked.stderr.strip()}")
+        raise RuntimeError("publishing needs a git checkout, for what .gitignore names stays out: "
+                           + asked.stderr.strip())
     ignored = set(asked.stdout.split("\0"))
     return [file for file in files if str(file) not in ignored]
 
 
 def publish(source, root, profile):
-    """Copy the results in `source` to outputs/published/`profile` of the checkout `root`, and return how many files that were."""
+    """Copy the results in `source` to outputs/published/`profile` below `root`; returns the number of files."""
     json.loads((source / "results.json").read_text())       # a torn one is not published
     target = pathlib.Path("outputs", "published", profile)
     found = {target / file.relative_to(source): file for pattern in RESULTS for file in source.glob(pattern)}

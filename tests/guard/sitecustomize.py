@@ -1,7 +1,7 @@
 """Read by every Python that starts with this folder on PYTHONPATH: a Jupyter kernel reaches this machine alone.
 
-What it tries beyond that fails, and is noted in the file that LGAP_TRESPASS names. It runs as a user's would, who has not forbidden
-the hub: HF_HUB_OFFLINE is taken back.
+What it tries beyond that fails, and is noted in the file that LGAP_TRESPASS names. It runs as that of a user who
+has not forbidden the hub: HF_HUB_OFFLINE is taken back.
 """
 import os
 import socket
@@ -9,7 +9,8 @@ import sys
 
 
 def local(host):
-    return host in (None, "", "localhost", "::1", b"localhost", socket.gethostname()) or str(host).startswith("127.")
+    own = (None, "", "localhost", b"localhost", "::1", socket.gethostname())
+    return host in own or str(host).startswith("127.")
 
 
 def refuse(host):
