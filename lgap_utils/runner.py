@@ -251,9 +251,6 @@ def lacking():
 
 def check_folder(out):
     """Refuse a folder that cannot take results, or holds a torn results.json, before anything is computed."""
-    if out.is_relative_to(PUBLISHED):
-        raise ValueError(f"{show(PUBLISHED)} holds published results; "
-                         "choose another folder with LGAP_OUTPUTS")
     try:
         write_whole(out / ".room", bytes(1 << 20))      # notebooks and tables need no less
         (out / ".room").unlink()
@@ -314,6 +311,8 @@ def main(argv=None, folder=ROOT / "notebooks"):
     if not ready(args.profile, [path.stem for path in plan], fields):
         sys.exit(f"run_all.sh: profile {args.profile} cannot run here; `python -m lgap_utils doctor {args.profile}` says more")
     outputs = output_root()
+    if outputs.is_relative_to(PUBLISHED):
+        sys.exit(f"run_all.sh: {show(PUBLISHED)} holds published results; choose another folder with LGAP_OUTPUTS")
     os.environ["LGAP_OUTPUTS"] = str(outputs)  # absolute, because the kernels run in the notebooks' folder
     try:
         run_all(plan, outputs / args.profile)

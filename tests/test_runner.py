@@ -268,10 +268,14 @@ def test_a_torn_results_file_is_told_before_the_run_and_kept(text, write, tmp_pa
     assert results.read_text(errors="surrogateescape") == text and not (results.parent / "notebooks").exists()
 
 
-def test_no_run_writes_where_published_results_lie(write, monkeypatch):
-    monkeypatch.setenv("LGAP_OUTPUTS", str(runner.PUBLISHED))
+@pytest.mark.parametrize("below", ["", "toy"])
+def test_no_run_writes_where_published_results_lie(below, write, tmp_path, monkeypatch):
+    assert runner.PUBLISHED == ROOT / "outputs" / "published" and runner.PUBLISHED.is_dir()
+    monkeypatch.setattr(runner, "PUBLISHED", tmp_path / "published")
+    monkeypatch.setenv("LGAP_OUTPUTS", str(tmp_path / "published" / below))
     said = failure(write("01_first", "PROFILE = 'toy'"))
-    assert said == "run_all.sh: outputs/published holds published results; choose another folder with LGAP_OUTPUTS"
+    assert "published holds published results; choose another folder with LGAP_OUTPUTS" in said
+    assert not (tmp_path / "published").exists()
 
 
 def test_outputs_that_are_a_file_are_told_in_one_sentence(write, tmp_path):
