@@ -17,6 +17,8 @@ trap 'rm -rf "$LGAP_OUTPUTS"' EXIT
 # Two processes take a file at a time and have half of the cores each: in small batches a second thread gains next to nothing.
 OMP_NUM_THREADS=$("$python" -c 'import os; print((os.cpu_count() + 1) // 2)')
 export LGAP_OUTPUTS OMP_NUM_THREADS
+# No notebook reaches another machine (tests/guard).
+export PYTHONPATH=$root/tests/guard${PYTHONPATH:+:$PYTHONPATH} LGAP_TRESPASS=$LGAP_OUTPUTS/trespass
 side_by_side() {
     "$python" -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder --nbval-lax --nbval-current-env \
         --nbval-cell-timeout=900 --nbval-kernel-startup-timeout=120 --nbval-sanitize-with tests/nbval_sanitize.cfg "$@"
@@ -27,4 +29,8 @@ side_by_side() {
 status=0
 side_by_side notebooks/03_*.ipynb tests || status=$?
 side_by_side $(printf '%s\n' notebooks/*.ipynb | grep -v /03_ | sort -r) || status=$?
+if [ -s "$LGAP_TRESPASS" ]; then
+    echo "run_tests.sh: a notebook tried to reach $(sort -u "$LGAP_TRESPASS" | tr '\n' ' ')" >&2
+    status=1
+fi
 exit "$status"

@@ -85,22 +85,24 @@ def write_whole(path, data):
             os.fsync(f.fileno())
         os.replace(part, path)
     except OSError as error:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):      # a read-only disk does not even say that it is not there
+            part.unlink(missing_ok=True)
         raise OSError(error.errno, f"{path} could not be written ({error.strerror}); what lay there before is untouched") from error
 
 
 # ---------------------------------------------------------------- one writer a folder
 
-NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)       # what a file system answers that has none, as NFS and Lustre can
+# what a file system answers that has no locks, as NFS and Lustre can
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
 @contextlib.contextmanager
 def one_writer(folder, wait=False):
     """Keep `folder` for the thread that asks, which may ask again; it is made where it is not there.
 
-    The system drops the lock with the process, however that ends. wait: wait for another writer, and say so. Raises
-    BlockingIOError where another writes into it and `wait` is false, and OSError where nothing can be written.
-    On a file system without locks it says so once and goes on.
+    The system drops the lock with the process, however that ends. wait: wait for another writer, and say so.
+    Raises BlockingIOError where another writes into it and `wait` is false, and OSError where nothing can be
+    written. On a file system without locks it says so once and goes on.
     """
     lock = _take(Path(folder), wait)
     try:
@@ -129,7 +131,8 @@ def _take(folder, wait):
                               "or choose another folder with LGAP_OUTPUTS") from None
     except (OSError, NotImplementedError) as error:
         if isinstance(error, NotImplementedError) or error.errno in NO_LOCKS:
-            _say_once("this file system has no locks, so nothing keeps two runs apart; start one at a time in a folder")
+            _say_once("this file system has no locks, so nothing keeps two runs apart; "
+                      "start one at a time in a folder")
             return None
         raise OSError(error.errno, f"{folder} cannot be written into ({error.strerror}); "
                                    "choose another folder with LGAP_OUTPUTS") from error

@@ -7,17 +7,23 @@ from __future__ import annotations
 
 import argparse
 import ast
-import contextlib
 import dataclasses
-import fcntl
+import importlib.util
 import json
+import logging
 import math
 import os
 import re
+import signal
+import subprocess
 import sys
 import time
 
+from .files import one_writer, write_whole
 from .profiles import PROFILES, ROOT, get_profile, output_root
+
+PUBLISHED = ROOT / "outputs" / "published"      # tracked: nothing but tools/publish.py writes there
+GO_ON = "what is finished is kept: run the same command again to go on from there"
 
 
 def read(path):
@@ -85,7 +91,10 @@ def fits(value, default):
 
 
 def check_settings(settings, defaults, profile):
-    """Refuse a name that neither a notebook nor the profile has and a value of the wrong kind; defaults: {notebook: {NAME: default}}."""
+    """Refuse a name that neither a notebook nor the profile has, and a value that one of them cannot take.
+
+    defaults: {notebook: {NAME: default}}.
+    """
     known = sorted({name for found in defaults.values() for name in found} - {"PROFILE", "SETTINGS"})
     fields = profile_fields(profile)
     for name, value in settings.items():
@@ -97,7 +106,14 @@ def check_settings(settings, defaults, profile):
                 raise ValueError(f"--set {name}={value!r}: {path.name} has {found[name]!r} here, "
                                  f"so this should be of type {type(found[name]).__name__}")
     # A notebook's None stands for the profile's value, and the profile knows which values it can take.
-    get_profile(profile, **{name.lower(): value for name, value in settings.items() if name.lower() in fields})
+    own = {name.lower(): value for name, value in settings.items() if name.lower() in fields}
+    p = get_profile(profile, **own)
+    for path, found in defaults.items():
+        if {"ROW", "N_IMAGES"} <= found.keys():
+            row, n = (settings.get(name, found[name]) for name in ("ROW", "N_IMAGES"))
+            n = p.n_images if n is None else n
+            if not 0 <= row < n:
+                raise ValueError(f"--set ROW={row}: {path.name} looks at {n} images; expected 0 to {n - 1}")
 
 
 def profile_fields(profile):
@@ -110,19 +126,6 @@ def values_for(found, settings, profile):
     values = {"PROFILE": profile} | {name: settings[name] for name in found if name in settings}
     others = {name.lower(): value for name, value in settings.items() if name not in found and name.lower() in profile_fields(profile)}
     return values | ({"SETTINGS": others} if others and "SETTINGS" in found else {})
-
-
-@contextlib.contextmanager
-def locked(folder):
-    """Keep `folder` for this process; the system drops the lock with the process, however that ends."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as f:
-        try:
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BlockingIOError(f"another run is writing into {show(folder)}; wait for it, "
-                                  "or choose another folder with LGAP_OUTPUTS") from None
-        yield
 
 
 def check_finished(nb, error=None):
@@ -143,7 +146,7 @@ def check_finished(nb, error=None):
         for output in cell["outputs"]:
             if output["output_type"] == "error":
                 why = f"{output['ename']}: {output['evalue']}"
-    return stopped + why.strip().splitlines()[-1]
+    return stopped + why.strip(" :\n").splitlines()[-1]
 
 
 def run(path, target, values):
@@ -172,11 +175,18 @@ def duration(seconds):
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
 
 
-def report(out):
-    """Print every table of the folder `out`, then what lies where."""
-    for table in sorted((out / "tables").glob("*.md")):
+def tables(out):
+    """{table: (when it was written, in ns, and its bytes)} of the Markdown tables of the folder `out`."""
+    found = {path: path.stat() for path in sorted((out / "tables").glob("*.md"))}
+    return {path: (stat.st_mtime_ns, stat.st_size) for path, stat in found.items()}
+
+
+def report(out, before):
+    """Print every table of the folder `out` that is not as it was `before`, then what lies where."""
+    written = [table for table, stamp in tables(out).items() if before.get(table) != stamp]
+    for table in written:
         print(f"\n{table.stem}\n\n{table.read_text(encoding='utf-8').strip()}")
-    print("\nWhere everything lies:")
+    print("\nWhere everything lies:" if written else "\nThis run wrote no table. Where everything lies:")
     for folder in sorted(p for p in out.iterdir() if p.is_dir()):
         print(f"  {show(folder)}/  {sum(p.is_file() for p in folder.rglob('*'))} files")
 
@@ -211,9 +221,57 @@ def ready(profile, notebooks, settings):
     return can_run(checks)
 
 
+def lacking():
+    """Why no notebook would find its packages, or None: the kernel `python3` may be another environment's."""
+    needed = ("torch", "papermill", "ipykernel", "filelock")
+    if absent := [name for name in needed if importlib.util.find_spec(name) is None]:
+        return (f"{sys.executable} lacks {', '.join(absent)}; start ./run_all.sh without it, "
+                "or run 'pip install -r requirements.txt' in it")
+    from jupyter_client import KernelManager
+    from jupyter_client.kernelspec import NoSuchKernel
+    try:
+        manager = KernelManager(kernel_name="python3")
+        python, spec = manager.format_kernel_cmd()[0], manager.kernel_spec.resource_dir
+    except (NoSuchKernel, OSError, ValueError) as error:      # none, or one whose kernel.json is damaged
+        return (f"the Jupyter kernel python3 cannot be read ({error}); "
+                "run 'pip install --force-reinstall ipykernel' in this environment")
+    if python == sys.executable:
+        return None
+    where = "import os, sys; print(os.path.realpath(sys.prefix), *sys.version_info[:2])"
+    try:
+        answers = [subprocess.run([each, "-c", where], capture_output=True, text=True).stdout
+                   for each in (sys.executable, python)]
+    except OSError:
+        answers = ["this one", "none"]
+    if answers[0] == answers[1]:
+        return None
+    return (f"the Jupyter kernel python3 starts {python} and not {sys.executable}, which has the packages; "
+            f"move {spec} away, or unset JUPYTER_PATH and JUPYTER_PREFER_ENV_PATH")
+
+
+def check_folder(out):
+    """Refuse a folder that cannot take results, or holds a torn results.json, before anything is computed."""
+    try:
+        write_whole(out / ".room", bytes(1 << 20))      # notebooks and tables need no less
+        (out / ".room").unlink()
+    except OSError as error:
+        raise OSError(error.errno, f"{show(out)} has no room for results ({os.strerror(error.errno)}); "
+                                   "choose another folder with LGAP_OUTPUTS") from error
+    results = out / "results.json"
+    try:
+        whole = not results.exists() or isinstance(json.loads(results.read_text(encoding="utf-8")), dict)
+    except ValueError:
+        whole = False
+    if not whole:
+        raise ValueError(f"{show(results)} is torn or no JSON object; move it away: "
+                         "the notebooks of Tables 1 to 4 write it anew")
+
+
 def run_all(plan, out):
     """Run the notebooks of {path: parameters} into the folder `out`; the first that fails ends the process."""
-    with locked(out):
+    with one_writer(out):
+        check_folder(out)
+        before = tables(out)
         (out / "notebooks").mkdir(exist_ok=True)
         for n, (path, values) in enumerate(plan.items(), 1):
             print(f"[{n}/{len(plan)}] {path.stem} ...", flush=True)
@@ -221,9 +279,10 @@ def run_all(plan, out):
             problem = run(path, target, values)
             took = duration(time.monotonic() - start)
             if problem:
-                sys.exit(f"run_all.sh: {path.name} failed after {took}: {problem}\nWhat ran so far: {show(target)}")
+                sys.exit(f"run_all.sh: {path.name} failed after {took}: {problem}\n"
+                         f"What ran so far: {show(target)}; {GO_ON}")
             print(f"    {took}", flush=True)
-        report(out)
+        report(out, before)
 
 
 def main(argv=None, folder=ROOT / "notebooks"):
@@ -247,18 +306,54 @@ def main(argv=None, folder=ROOT / "notebooks"):
 
     plan = {path: values_for(found, settings, args.profile) for path, found in defaults.items()}
     fields = {name.lower(): value for name, value in settings.items() if name.lower() in profile_fields(args.profile)}
+    if problem := lacking():
+        sys.exit(f"run_all.sh: {problem}")
     if not ready(args.profile, [path.stem for path in plan], fields):
         sys.exit(f"run_all.sh: profile {args.profile} cannot run here; `python -m lgap_utils doctor {args.profile}` says more")
     outputs = output_root()
+    if outputs.is_relative_to(PUBLISHED):
+        sys.exit(f"run_all.sh: {show(PUBLISHED)} holds published results; choose another folder with LGAP_OUTPUTS")
     os.environ["LGAP_OUTPUTS"] = str(outputs)  # absolute, because the kernels run in the notebooks' folder
     try:
         run_all(plan, outputs / args.profile)
-    except OSError as error:
+    except BrokenPipeError:
+        raise
+    except ValueError as error:
         sys.exit(f"run_all.sh: {error}")
-    except KeyboardInterrupt:
-        print("run_all.sh: interrupted", file=sys.stderr)
-        sys.exit(130)
+    except OSError as error:
+        sentence = error.strerror if error.filename is None else None       # files.py's own, without its number
+        sys.exit(f"run_all.sh: {sentence or error}")
+
+
+def quietly(main):
+    """Call `main`; where nobody reads what it prints any more, as in `... | head`, it ends without a word."""
+    try:
+        try:
+            main()
+        finally:
+            print(end="", flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())      # or Python tries again on its way out
+        sys.exit(128 + signal.SIGPIPE)
+
+
+def stopped(number, frame):
+    logging.disable()       # what Jupyter has to say of a kernel's end, where that was asked for
+    raise KeyboardInterrupt(number)
+
+
+def command():
+    """`main`; a signal ends it with a word on how to go on, and Jupyter shuts its kernel down on the way out."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:      # as under nohup
+            signal.signal(number, stopped)
+    try:
+        quietly(main)
+    except KeyboardInterrupt as stop:
+        number = signal.Signals(*(stop.args or [signal.SIGINT]))
+        print(f"run_all.sh: stopped by {number.name}; {GO_ON}", file=sys.stderr)
+        sys.exit(128 + number)
 
 
 if __name__ == "__main__":
-    main()
+    command()

@@ -1,11 +1,20 @@
 """The runner believes nothing but a notebook whose every cell ran, and refuses a wrong request before it starts."""
+import functools
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
 from dataclasses import dataclass, replace
 
 import nbformat
+import papermill
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
 from lgap_utils import runner
+from lgap_utils.profiles import ROOT
 
 
 @dataclass(frozen=True)
@@ -89,11 +98,6 @@ def test_leaving_early_is_not_success(write):
         write("01_first", "PROFILE = 'toy'", "import sys\nsys.exit(0)", "print('never')"))
 
 
-def test_a_killed_kernel_is_noticed(write):
-    assert "cell [3], `import os, signal`: DeadKernelError: Kernel died" in failure(
-        write("01_first", "PROFILE = 'toy'", "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)", "1"))
-
-
 def executed(*counts, **papermill):
     """A notebook as papermill leaves it, each code cell holding `x` and the given execution count."""
     cells = [new_code_cell("x", execution_count=n) for n in counts]
@@ -171,9 +175,169 @@ def test_settings_are_typed_as_python_writes_them():
     assert settings == {"A": 1, "B": 1e-3, "C": True, "D": "checkpoints/toy", "E": "8/255", "F": -2, "G": ""}
 
 
-def test_a_second_run_into_the_same_folder_is_refused(write, tmp_path):
+@pytest.fixture
+def held(tmp_path):
+    """held(folder): another process has begun to write into it."""
+    started = []
+
+    def hold(folder):
+        script = ("from lgap_utils.files import one_writer\n"
+                  f"with one_writer({str(folder)!r}): print('held', flush=True); input()")
+        started.append(subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, text=True,
+                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE))
+        assert started[-1].stdout.readline() == "held\n"
+        return started[-1]
+
+    yield hold
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def test_a_second_run_into_the_same_folder_is_refused_and_a_killed_one_leaves_no_lock(write, tmp_path, held):
     folder = write("01_first", "PROFILE = 'toy'")
-    with runner.locked(tmp_path / "outputs/toy"):
-        assert "another run is writing into" in failure(folder)
-    with runner.locked(tmp_path / "outputs/toy"):
-        pass
+    first = held(tmp_path / "outputs/toy")
+    assert failure(folder) == (f"run_all.sh: another process writes into {tmp_path / 'outputs/toy'}; wait for it, "
+                               "or choose another folder with LGAP_OUTPUTS")
+    assert not (tmp_path / "outputs/toy/notebooks").exists()
+    first.kill()
+    first.wait()
+    runner.main([], folder)
+
+
+WRITES = """import os, pathlib
+tables = pathlib.Path(os.environ['LGAP_OUTPUTS'], PROFILE, 'tables')
+tables.mkdir(parents=True, exist_ok=True)
+(tables / 'new.md').write_text('| 1 |')
+(tables / 'again.md').write_text('| 2 |')"""
+
+
+def test_only_what_the_run_wrote_is_shown(write, tmp_path, capsys):
+    folder, tables = write("01_first", "PROFILE = 'toy'", WRITES), tmp_path / "outputs/toy/tables"
+    write("02_second", "PROFILE = 'toy'")
+    tables.mkdir(parents=True)
+    for name, text in (("old", "| 3 |"), ("again", "| 2 |")):
+        (tables / f"{name}.md").write_text(text)
+        os.utime(tables / f"{name}.md", (1e9, 1e9))
+    runner.main(["--only", "02"], folder)
+    said = capsys.readouterr().out
+    assert "This run wrote no table" in said and "|" not in said
+    runner.main(["--only", "01"], folder)
+    said = capsys.readouterr().out
+    assert "| 1 |" in said and "| 2 |" in said and "old" not in said and "| 3 |" not in said
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--set", "row=99", "--only", "02"], "ROW=99: 02_second.ipynb looks at 6 images; expected 0 to 5"),
+    (["--set", "row=-1"], "ROW=-1: 01_first.ipynb looks at 8 images; expected 0 to 7"),
+    (["--set", "row=3", "--set", "n_images=3", "--only", "02"],
+     "ROW=3: 02_second.ipynb looks at 3 images; expected 0 to 2"),
+    (["--set", "row=8"], "ROW=8: 01_first.ipynb looks at 8 images; expected 0 to 7"),
+])
+def test_a_row_that_is_not_among_the_images_is_refused(argv, words, write, capsys, tmp_path):
+    folder = write("01_first", "PROFILE = 'toy'\nN_IMAGES = None\nROW = 7")
+    write("02_second", "PROFILE = 'toy'\nN_IMAGES = 6\nROW = 0")
+    assert words in refusal(argv, folder, capsys, tmp_path)
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--set", "size=7"], "size=7"),
+    (["--set", "n_images=0"], "n_images=0"),
+    (["--set", "row=6", "--only", "02"], "02_purification.ipynb looks at 6 images; expected 0 to 5"),
+    (["--set", "num_inference_steps=5", "--only", "07"], "strength=0.1 of num_inference_steps=5 gives 0 denoising steps"),
+    (["--set", "strength=0.01"], "strength=0.01"),
+])
+def test_the_settings_of_each_selected_notebook_are_checked_first(argv, words, tmp_path, monkeypatch, capsys):
+    """The real profiles and notebooks: Table 4 has a strength of its own."""
+    monkeypatch.undo()
+    monkeypatch.setenv("LGAP_OUTPUTS", str(tmp_path / "outputs"))
+    monkeypatch.setattr(runner, "run", lambda *_: pytest.fail("a notebook was started"))
+    with pytest.raises(SystemExit) as stopped:
+        runner.main(argv)
+    assert words in str(stopped.value.code) + capsys.readouterr().err
+    assert not (tmp_path / "outputs").exists()
+
+
+@pytest.mark.parametrize("text", ["", "{\"table 1\": {", "[]", "\udc80"])
+def test_a_torn_results_file_is_told_before_the_run_and_kept(text, write, tmp_path):
+    folder, results = write("01_first", "PROFILE = 'toy'"), tmp_path / "outputs/toy/results.json"
+    results.parent.mkdir(parents=True)
+    results.write_text(text, errors="surrogateescape")
+    said = failure(folder)
+    assert str(results) in said and "move it away" in said
+    assert results.read_text(errors="surrogateescape") == text and not (results.parent / "notebooks").exists()
+
+
+@pytest.mark.parametrize("below", ["", "toy"])
+def test_no_run_writes_where_published_results_lie(below, write, tmp_path, monkeypatch):
+    assert runner.PUBLISHED == ROOT / "outputs" / "published" and runner.PUBLISHED.is_dir()
+    monkeypatch.setattr(runner, "PUBLISHED", tmp_path / "published")
+    monkeypatch.setenv("LGAP_OUTPUTS", str(tmp_path / "published" / below))
+    said = failure(write("01_first", "PROFILE = 'toy'"))
+    assert "published holds published results; choose another folder with LGAP_OUTPUTS" in said
+    assert not (tmp_path / "published").exists()
+
+
+def test_outputs_that_are_a_file_are_told_in_one_sentence(write, tmp_path):
+    (tmp_path / "outputs").write_text("mine")
+    said = failure(write("01_first", "PROFILE = 'toy'"))
+    assert said == (f"run_all.sh: {tmp_path / 'outputs/toy'} cannot be written into (Not a directory); "
+                    "choose another folder with LGAP_OUTPUTS")
+    assert (tmp_path / "outputs").read_text() == "mine"
+
+
+def kernel(folder, monkeypatch, text):
+    """A user's own kernel python3, which Jupyter finds before this environment's."""
+    (folder / "kernels/python3").mkdir(parents=True)
+    (folder / "kernels/python3/kernel.json").write_text(text)
+    monkeypatch.setenv("JUPYTER_PATH", str(folder))
+
+
+@pytest.mark.parametrize("python", ["elsewhere/bin/python", "gone"])
+def test_a_kernel_of_another_environment_is_told_before_the_run(python, write, tmp_path, monkeypatch):
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "elsewhere"], check=True)
+    spec = {"argv": [str(tmp_path / python)], "display_name": "mine", "language": "python"}
+    kernel(tmp_path / "mine", monkeypatch, json.dumps(spec))
+    said = failure(write("01_first", "PROFILE = 'toy'"))
+    assert f"the Jupyter kernel python3 starts {tmp_path / python} and not {sys.executable}" in said
+    assert f"move {tmp_path / 'mine/kernels/python3'} away" in said and "\n" not in said
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_a_kernel_of_this_environment_by_another_path_is_none_of_another(tmp_path, monkeypatch):
+    (tmp_path / "link").symlink_to(sys.prefix)
+    python = str(tmp_path / "link" / os.path.relpath(sys.executable, sys.prefix))
+    spec = {"argv": [python], "display_name": "mine", "language": "python"}
+    kernel(tmp_path / "mine", monkeypatch, json.dumps(spec))
+    assert runner.lacking() is None
+
+
+def test_a_damaged_kernel_and_a_missing_package_are_told(tmp_path, monkeypatch):
+    kernel(tmp_path / "mine", monkeypatch, "{")
+    assert "the Jupyter kernel python3 cannot be read" in runner.lacking()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "ipykernel" else name)
+    assert f"{sys.executable} lacks ipykernel; " in runner.lacking()
+
+
+def test_a_cell_that_takes_too_long_is_named(write, monkeypatch):
+    """papermill, given a limit, interrupts the cell."""
+    limited = functools.partial(papermill.execute_notebook, execution_timeout=1)
+    monkeypatch.setattr(papermill, "execute_notebook", limited)
+    said = failure(write("01_first", "PROFILE = 'toy'", "import time\ntime.sleep(60)", "print('never')"))
+    assert "01_first.ipynb failed after" in said and "cell [3], `import time`: KeyboardInterrupt\n" in said
+    assert "what is finished is kept: run the same command again to go on from there" in said
+
+
+@pytest.mark.parametrize("number", ["SIGTERM", "SIGKILL"])
+def test_a_kernel_that_a_signal_ends_is_noticed(number, write):
+    dies = f"import os, signal\nos.kill(os.getpid(), signal.{number})"
+    said = failure(write("01_first", "PROFILE = 'toy'", dies, "1"))
+    assert "cell [3], `import os, signal`: DeadKernelError: Kernel died" in said and runner.GO_ON in said
+
+
+@pytest.mark.parametrize("command", [["lgap_utils.runner", "--list"], ["lgap_utils.runner", "--help"],
+                                     ["lgap_utils", "doctor", "--help"]])
+def test_a_reader_that_goes_away_is_no_error(command):
+    piped = ["bash", "-c", '"$@" | true; exit "${PIPESTATUS[0]}"', ""]
+    done = subprocess.run([*piped, sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True)
+    assert done.stderr == "" and done.returncode in (0, 128 + signal.SIGPIPE)

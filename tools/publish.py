@@ -1,28 +1,73 @@
-"""Puts what a run measured where readers find it: tables into the README, between `<!-- table: FILE -->` and `<!-- end -->`, so that
-no number is typed by hand, and the rows of Tables 1 to 4 at `small` into outputs/small/rows_published. A run never looks there: it
-finds no row but its own, and a clone measures anew.
+"""Puts what a run measured where readers find it:   python tools/publish.py PROFILE
+
+Copies tables, charts, results.json, the rows of Tables 1 to 4 and the fine-tuned classifier from outputs/PROFILE
+(or $LGAP_OUTPUTS) to outputs/published/PROFILE, except for what .gitignore names, and fills the README's tables,
+between `<!-- table: FILE -->` and `<!-- end -->`, so that no number is typed by hand. No run reads or writes
+there: a clone measures anew.
 """
+import json
 import pathlib
 import re
 import shutil
+import subprocess
+import sys
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from lgap_utils.files import one_writer  # noqa: E402
+from lgap_utils.profiles import PROFILES, output_root  # noqa: E402
+
 MARKED = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+RESULTS = ("results.json", "tables/*.csv", "tables/*.md", "tables/*.tex", "figures/*.png",
+           "rows/table*/*/*.parquet", "rows/table*/*/config.json",
+           "classifier_*/*.json", "classifier_*/*.safetensors", "classifier_*/SHA256SUMS")
 
 
-def filled(text):
+def filled(text, root=ROOT):
     """The text with each marked part replaced by the file it names; a part whose file is not there stays."""
     def table(match):
-        file = ROOT / match[2]
+        file = root / match[2]
         return f"{match[1]}{file.read_text().strip()}\n{match[3]}" if file.exists() else match[0]
     return MARKED.sub(table, text)
 
 
+def kept(root, files):
+    """Those of `files`, paths below `root`, that git would keep. Raises RuntimeError outside of a git checkout."""
+    asked = subprocess.run(["git", "check-ignore", "--no-index", "--stdin", "-z"], cwd=root,
+                           input="\0".join(map(str, files)), capture_output=True, text=True)
+    if asked.returncode not in (0, 1):
+        raise RuntimeError("publishing needs a git checkout, for what .gitignore names stays out: "
+                           + asked.stderr.strip())
+    ignored = set(asked.stdout.split("\0"))
+    return [file for file in files if str(file) not in ignored]
+
+
+def publish(source, root, profile):
+    """Copy the results in `source` to outputs/published/`profile` below `root`; returns the number of files."""
+    json.loads((source / "results.json").read_text())       # a torn one is not published
+    target = pathlib.Path("outputs", "published", profile)
+    found = {target / file.relative_to(source): file for pattern in RESULTS for file in source.glob(pattern)}
+    wanted = kept(root, found)
+    # Shards of an earlier run would be read together with those of this one.
+    for folder in {file.parent for file in wanted if file.suffix == ".parquet"}:
+        shutil.rmtree(root / folder, ignore_errors=True)
+    for file in wanted:
+        (root / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(found[file], root / file)
+    readme = root / "README.md"
+    readme.write_text(filled(readme.read_text(), root))
+    return len(wanted)
+
+
 if __name__ == "__main__":
-    readme = ROOT / "README.md"
-    readme.write_text(filled(readme.read_text()))
-    small = ROOT / "outputs" / "small"
-    if measured := sorted((small / "rows").glob("table*")):
-        shutil.rmtree(small / "rows_published", ignore_errors=True)
-        for folder in measured:
-            shutil.copytree(folder, small / "rows_published" / folder.name, ignore=shutil.ignore_patterns(".*"))
+    if len(sys.argv) != 2 or sys.argv[1] not in PROFILES:
+        sys.exit(f"usage: python tools/publish.py PROFILE, which is one of {', '.join(PROFILES)}")
+    measured = output_root() / sys.argv[1]
+    if not (measured / "results.json").exists():
+        sys.exit(f"{measured} holds no results.json: ./run_all.sh {sys.argv[1]} makes one")
+    try:
+        with one_writer(measured):
+            print(f"{publish(measured, ROOT, sys.argv[1])} files to outputs/published/{sys.argv[1]}")
+    except (OSError, RuntimeError, ValueError) as error:
+        sys.exit(f"tools/publish.py: {error}")

@@ -15,6 +15,4 @@ for notebook in notebooks/[0-9]*.ipynb; do
         --extra-keys "metadata.papermill cell.metadata.papermill cell.metadata.execution metadata.language_info" "$notebook"
 done
 # The tables that the README shows come from the same run.
-mkdir -p outputs/toy/tables
-cp "$LGAP_OUTPUTS"/toy/tables/* outputs/toy/tables/
-cp "$LGAP_OUTPUTS"/toy/results.json outputs/toy/
+"$python" tools/publish.py toy
