@@ -2,7 +2,9 @@
 # Runs the tests, and the stored notebooks again, comparing the cells tagged nbval-check-output.
 # Arguments go to pytest, and then the notebooks are left out:   ./run_tests.sh -k name
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/tools/setup_env.sh"
+script=${BASH_SOURCE[0]}
+if [ -L "$script" ]; then script=$(readlink -f "$script"); fi
+source "$(dirname "$script")/tools/setup_env.sh"
 set_up
 
 export HF_HUB_OFFLINE=1 TQDM_DISABLE=1

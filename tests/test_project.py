@@ -24,6 +24,17 @@ def test_requirements_are_exact_versions_from_no_particular_host():
     assert all(re.fullmatch(r"==[\w.]+", str(pin.specifier)) and not pin.url for pin in PINS)
 
 
+def test_the_requirements_say_how_they_are_compiled():
+    oldest = PROJECT["requires-python"].removeprefix(">=")
+    command = f"uv pip compile --universal --python-version {oldest} --extra test pyproject.toml -o requirements.txt"
+    assert command in (ROOT / "requirements.txt").read_text()
+
+
+def test_the_wheels_of_cuda_are_left_to_torch():
+    # A build of torch for the CPU, which UV_TORCH_BACKEND=cpu asks for, needs none of them.
+    assert not [pin.name for pin in PINS if re.match(r"nvidia|cu(da|pti|\d)|triton|pytorch-triton", pin.name)]
+
+
 @pytest.mark.parametrize("dependency", ABSTRACT)
 def test_every_dependency_is_pinned_to_a_version_that_fits(dependency):
     need = Requirement(dependency)

@@ -2,12 +2,13 @@
 #
 # After `set_up`, the working directory is the checkout and $python is an interpreter of the active conda or virtual
 # environment, or else of .venv, which is made on the first call and brought up to date when requirements.txt changes.
+# A .venv that somebody else made is used as an active environment is: nothing in it is changed.
 
 # Child programs that handle Ctrl-C themselves return as if they had failed, and the script would go on.
 trap 'exit 130' INT
 
 caller=$PWD
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 root=$PWD
 
 die() {
@@ -21,7 +22,7 @@ is_python() {
 }
 
 find_python() {
-    for python in python3 python3.13 python3.12 python3.11 python; do
+    for python in python3 python3.14 python3.13 python3.12 python3.11 python; do
         if is_python "$python"; then return; fi
     done
     die "no Python 3.11 or newer was found; install one and run this again."
@@ -50,22 +51,27 @@ print(*[d for d in dependencies if not is_met(d)], sep=", ")
 EOP
 }
 
-use_active() {
+# use_given FOLDER NAME REMEDY: an environment that was not made here is taken as it is, or what is amiss is said.
+use_given() {
     local missing
     python=$1/bin/python
-    is_python "$python" ||
-        die "the active environment $1 has no working Python 3.11 or newer; deactivate it and .venv is used instead."
-    missing=$(unmet) || die "the packages of the active environment $1 could not be listed."
-    [ -z "$missing" ] || die "the active environment $1 lacks $missing; \
-run 'pip install -r requirements.txt' in it, or deactivate it and .venv is used instead."
+    is_python "$python" || die "$2 has no working Python 3.11 or newer; $3."
+    missing=$(unmet) || die "the packages of $2 could not be listed."
+    [ -z "$missing" ] || die "$2 lacks $missing; run 'uv pip install -r requirements.txt' or, \
+where it has pip, 'pip install -r requirements.txt' in it, or $3."
 }
 
 # uv takes seconds where pip takes minutes; pip is the second choice because it reads the user's pip settings.
 install_requirements() {
     if "$python" -m pip install --quiet --disable-pip-version-check uv &&
         "$python" -m uv pip install --python "$python" -r requirements.txt; then return; fi
-    echo "uv did not succeed; the same with pip:" >&2
+    echo "uv did not succeed; the same with pip${UV_TORCH_BACKEND:+, which ignores UV_TORCH_BACKEND=$UV_TORCH_BACKEND}:" >&2
     "$python" -m pip install --disable-pip-version-check -r requirements.txt
+}
+
+# True of anything but an empty folder: what somebody else put there must not be lost.
+is_occupied() {
+    [ -L "$1" ] || { [ -e "$1" ] && [ -n "$(ls -A "$1")" ]; }
 }
 
 use_own() {
@@ -76,13 +82,20 @@ use_own() {
     exec 9<requirements.txt
     "$python" -c 'import fcntl; fcntl.flock(9, fcntl.LOCK_EX)' 2>/dev/null || true
     wanted=$("$python" -c 'import hashlib; print(hashlib.sha256(open("requirements.txt", "rb").read()).hexdigest())')
-    if [ -f "$stamp" ]; then have=$(<"$stamp"); fi
+    # The stamp says that .venv was made here. Without it nothing below may touch what is there.
+    if [ -f "$stamp" ]; then
+        have=$(<"$stamp")
+    elif is_occupied .venv; then
+        exec 9<&-
+        use_given "$root/.venv" "$root/.venv, which was not made here," "move it away and another is made in its place"
+        return
+    fi
     if [ "$have" = unfinished ] || ! is_python .venv/bin/python; then
         "$python" -c 'import ensurepip, venv' 2>/dev/null ||
             die "$python cannot make virtual environments; on Debian or Ubuntu, 'apt install python3-venv' adds that."
         have=""
-        rm -rf .venv
-        mkdir .venv
+        if is_occupied .venv; then rm -rf .venv; fi
+        mkdir -p .venv
         echo unfinished >"$stamp"
         "$python" -m venv .venv || die ".venv could not be made; the reason is above."
     fi
@@ -90,7 +103,11 @@ use_own() {
     if [ "$have" != "$wanted" ]; then
         echo "Bringing the packages of requirements.txt into .venv (several GB the first time)." >&2
         echo unfinished >"$stamp"
-        install_requirements || die "the packages could not be installed; the reason is above."
+        if ! install_requirements; then
+            # An update that could not be had must not cost the environment that was there before.
+            if [ -n "$have" ]; then echo "$have" >"$stamp"; fi
+            die "the packages could not be installed; the reason is above."
+        fi
         echo "$wanted" >"$stamp"
     fi
     exec 9<&-
@@ -110,7 +127,7 @@ set_up() {
     # Where it is set, nothing is kept compiled, and each notebook takes twice as long to start.
     unset PYTHONDONTWRITEBYTECODE
     if [ -n "$active" ] && ! [ "$active" -ef .venv ]; then
-        use_active "$active"
+        use_given "$active" "the active environment $active" "deactivate it and .venv is used instead"
     else
         use_own
     fi
