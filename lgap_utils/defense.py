@@ -38,30 +38,32 @@ def noise_schedule(scheduler, strength, num_inference_steps, time_grid="compvis"
     raise ValueError(f"no time_grid {time_grid!r}; choose from ['compvis', 'diffusers']")
 
 
+PLAIN = "take a plain text-to-image model such as Stable Diffusion 1 or 2"
+
+
 def check_networks(vae, unet, text, tokenizer, scheduler):
     """Refuse networks that `LatentPurifier` cannot run, by their configurations, in one sentence."""
     if unet.in_channels != vae.latent_channels:
-        raise ValueError(f"unet: it takes {unet.in_channels} channels and the VAE's latents have {vae.latent_channels}; one for inpainting "
-                         "(9 channels) or instructions (8) wants more than a latent, take a plain text-to-image model")
+        raise ValueError(f"unet: it takes {unet.in_channels} channels and the VAE's latents have {vae.latent_channels}; "
+                         f"one for inpainting (9 channels) or instructions (8) wants more than a latent, {PLAIN}")
     if unet.out_channels != vae.latent_channels:
-        raise ValueError(f"unet: it gives {unet.out_channels} channels and the VAE's latents have {vae.latent_channels}; one that "
-                         "also predicts a variance is not supported")
+        raise ValueError(f"unet: it gives {unet.out_channels} channels and the VAE's latents have {vae.latent_channels}; "
+                         f"one that predicts a variance, too, is not supported, {PLAIN}")
     if unet.class_embed_type is not None or unet.num_class_embeds is not None:
-        raise ValueError("unet: it wants a class beside the caption; take a plain text-to-image model")
+        raise ValueError(f"unet: it wants a class beside the caption, {PLAIN}")
     if unet.addition_embed_type not in (None, "text") or unet.encoder_hid_dim_type not in (None, "text_proj"):
-        wanted = unet.addition_embed_type if unet.addition_embed_type not in (None, "text") else unet.encoder_hid_dim_type
-        raise ValueError(f"unet: it wants more than one text encoder's states ({wanted!r}), as those of SDXL and Kandinsky do; take a plain "
-                         "text-to-image model such as Stable Diffusion 1 or 2")
+        raise ValueError("unet: it wants more than one text encoder's states, as those of SDXL and Kandinsky do (addition_embed_type="
+                         f"{unet.addition_embed_type!r}, encoder_hid_dim_type={unet.encoder_hid_dim_type!r}), {PLAIN}")
     width = unet.encoder_hid_dim if unet.encoder_hid_dim_type else unet.cross_attention_dim
     widths = set(width) if isinstance(width, (list, tuple)) else {width}
     if widths != {text.hidden_size}:
-        raise ValueError(f"unet: it reads text of width {', '.join(map(str, sorted(widths)))} and the text encoder's is {text.hidden_size}; "
-                         "take both from one model")
+        raise ValueError(f"unet: it reads text of width {', '.join(map(str, sorted(widths)))} and the text encoder's is "
+                         f"{text.hidden_size}; take both from one model")
     if tokenizer.model_max_length > text.max_position_embeddings:
-        raise ValueError(f"tokenizer: it gives {tokenizer.model_max_length} tokens and the text encoder reads {text.max_position_embeddings}; "
-                         "set its model_max_length")
+        raise ValueError(f"tokenizer: it gives {tokenizer.model_max_length} tokens and the text encoder reads "
+                         f"{text.max_position_embeddings}; set its model_max_length")
     if vae.in_channels != 3 or vae.shift_factor is not None or vae.latents_mean is not None:
-        raise ValueError("vae: expected one of RGB images, its latents scaled and not shifted, as Stable Diffusion 1 and 2 have")
+        raise ValueError("vae: expected one of RGB images whose latents are scaled and not shifted, as in Stable Diffusion 1 and 2")
     if scheduler.config.prediction_type not in ("epsilon", "sample", "v_prediction"):
         raise ValueError(f"scheduler: no DDIM step for the prediction type {scheduler.config.prediction_type!r}; "
                          "choose from ['epsilon', 'sample', 'v_prediction']")
@@ -103,6 +105,8 @@ class LatentPurifier(nn.Module):
 
     def _check(self):
         """Refuse settings that cannot work, in one sentence."""
+        if not isinstance(self.negative_prompt, str):
+            raise ValueError(f"negative_prompt={self.negative_prompt!r}: expected text")
         for name in ("vae_sample", "antialias", "checkpointing"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r}: choose from [False, True]")
@@ -262,7 +266,8 @@ def check_evaluating(part, role):
     for name, module in part.named_modules() if isinstance(part, nn.Module) else [("", part)]:
         whose = f"{role}: its `{name}` ({type(module).__name__})" if name else f"{role}: it"
         if getattr(module, "training", False):
-            raise ValueError(f"{whose} is in training mode, so its answers depend on chance or on the batch; call .eval() first")
+            raise ValueError(f"{whose} is in training mode, so its answers depend on chance or on the batch; "
+                             "call .eval() first")
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
             raise ValueError(f"{whose} keeps no running statistics, so its answers depend on the batch")
 
@@ -270,7 +275,8 @@ def check_evaluating(part, role):
 def check_purified(purified, shape, keys):
     """Refuse what cannot be purified images: floats of this shape, finite, and in [0, 1] but for noise."""
     if not isinstance(purified, torch.Tensor) or not purified.is_floating_point():
-        raise TypeError(f"purifier: its output is {_kind(purified)}, expected {list(shape)} as a tensor of floats in [0, 1]")
+        raise TypeError(f"purifier: its output is {_kind(purified)}, expected {list(shape)} as a tensor of floats "
+                        "in [0, 1]")
     if purified.shape != shape:
         raise ValueError(f"purifier: its output is {list(purified.shape)}, expected {list(shape)}")
     if (bad := ~torch.isfinite(purified.detach()).flatten(1).all(1)).any():
@@ -280,10 +286,11 @@ def check_purified(purified, shape, keys):
 
 
 def check_range(x, whose, keys=None):
-    """Refuse images that are not in [0, 1], but for noise around it: of standard deviation 0.25 it passes, of 0.5 it does not."""
+    """Refuse images that are not in [0, 1], but for noise: of standard deviation 0.25 it passes, of 0.5 it does not."""
     values = x.detach().float()
-    squares = F.avg_pool2d(values, [min(8, side) for side in x.shape[2:]], ceil_mode=True).flatten(1)      # where noise cancels out
-    outside = ((values - 0.5).abs() > 1).flatten(1).float().mean(1)         # the share that is further off than 0.5
+    sides = [min(8, side) for side in x.shape[2:]]
+    squares = F.avg_pool2d(values, sides, ceil_mode=True).flatten(1)        # in their means noise cancels out
+    outside = ((values - 0.5).abs() > 1).flatten(1).float().mean(1)         # the share of values more than 0.5 outside
     bad = (squares.amin(1) < -0.25) | (squares.amax(1) > 1.25) | (outside > 0.05)
     if not bad.any():
         return
@@ -330,19 +337,21 @@ class LGAP(nn.Module):
         self.training = False      # attack libraries ask
 
     def _part(self, role, *arguments):
-        """The part of this name, if it can be asked: a callable of these arguments whose answer for an image is that image's own."""
+        """The part of this name, if it can be asked: a callable of these arguments, in evaluation mode."""
         part = getattr(self, role)
         if not callable(part):
             raise TypeError(f"{role}: expected a callable, got {type(part).__name__}")
         check_evaluating(part, role)
         try:
-            signature = inspect.signature(part.forward if isinstance(part, nn.Module) else part, follow_wrapped=False)
+            called = part.forward if isinstance(part, nn.Module) else part
+            signature = inspect.signature(called, follow_wrapped=False)
         except (TypeError, ValueError):             # not every callable has one that Python can tell
             return part
         try:
             signature.bind(*arguments)
         except TypeError:
-            raise TypeError(f"{role}: expected a callable of ({', '.join(arguments)}), this one takes {signature}") from None
+            raise TypeError(f"{role}: expected a callable of ({', '.join(arguments)}), "
+                            f"this one takes {signature}") from None
         return part
 
     def caption(self, x):
@@ -359,7 +368,8 @@ class LGAP(nn.Module):
             raise TypeError(f"captions: expected a list of strings, one per image, got {type(captions).__name__}")
         captions = list(itertools.islice(captions, n + 1) if isinstance(captions, Iterator) else captions)
         if wrong := [i for i, caption in enumerate(captions) if not isinstance(caption, str)]:
-            raise TypeError(f"captions: expected a list of strings, one per image, number {wrong[0]} is {captions[wrong[0]]!r:.80}")
+            raise TypeError("captions: expected a list of strings, one per image, "
+                            f"number {wrong[0]} is {captions[wrong[0]]!r:.80}")
         if len(captions) != n:
             raise ValueError(f"captions: got {len(captions)} for {n} images, expected one each")
         return captions
@@ -367,8 +377,8 @@ class LGAP(nn.Module):
     def purify(self, x, captions=None, keys=None, trace=None):
         """The purified images: [n, 3, h, w] in [0, 1], differentiable with respect to x.
 
-        With d * n keys each image is purified d times, [d * n, 3, h, w], image after image, under one caption. Raises
-        TypeError or ValueError for images, captions or keys that cannot be meant, and for an answer that is no image in [0, 1].
+        With d * n keys each image is purified d times, [d * n, 3, h, w], image after image, under one caption.
+        Raises TypeError or ValueError for images, captions or keys that cannot be meant, and for an answer that is no image.
         """
         check_images(x)
         purifier = self._part("purifier", "x", "captions", "keys", *["trace"] * (trace is not None))
@@ -378,7 +388,7 @@ class LGAP(nn.Module):
         if keys is not None and (len(keys) == 0 or len(keys) % len(x)):
             raise ValueError(f"keys: got {len(keys)} for {len(x)} images, expected one each, or the same number of draws for each")
         keys = Keys.of_content(x) if keys is None else keys
-        own = x.clone()                     # a part may work in place; what others still need is not its to change
+        own = x.clone()                     # a part may work in place, and others still need x
         if (n_draws := len(keys) // len(x)) > 1 and not getattr(purifier, "takes_draws", False):
             own, captions = own.repeat_interleave(n_draws, 0), [c for c in captions for _ in range(n_draws)]
         purified = purifier(own, captions, keys) if trace is None else purifier(own, captions, keys, trace)
@@ -391,20 +401,22 @@ class LGAP(nn.Module):
         keys: of the images, if they have any, to name one whose logits are not finite.
         """
         if not isinstance(x, torch.Tensor) or not x.is_floating_point() or x.ndim != 4:
-            raise TypeError(f"images: expected a float tensor [n, 3, height, width] in [0, 1], got {_kind(x)} {list(getattr(x, 'shape', []))}")
+            raise TypeError("images: expected a float tensor [n, 3, height, width] in [0, 1], got "
+                            f"{_kind(x)} {list(getattr(x, 'shape', []))}")
         check_range(x, "images: ", keys)
-        classifier, own = self._part("classifier", "x"), x.clone()              # its own, as the purifier's is
+        classifier, own = self._part("classifier", "x"), x.clone()
         own = own if self.input_size is None else resize(own, (self.input_size, self.input_size))
         weight = next(classifier.parameters(), None) if isinstance(classifier, nn.Module) else None
         answer = classifier(own if weight is None else own.to(weight.device, weight.dtype))
-        return self._checked_logits(getattr(answer, "logits", answer), x, keys)         # transformers' answer with more than logits
+        logits = getattr(answer, "logits", answer)          # transformers' classifiers answer with more than logits
+        return self._checked_logits(logits, x, keys)
 
     def _checked_logits(self, logits, x, keys):
         """Finite logits [n, classes] on the device of x."""
         expected = f"[{len(x)}, {len(self.classes) if self.classes is not None else 'classes'}]"
         if not isinstance(logits, torch.Tensor) or not logits.is_floating_point():
-            raise TypeError(f"classifier: its output is {_kind(logits)}, expected logits {expected} as a tensor of floats, "
-                            "or an object that has them as .logits")
+            raise TypeError(f"classifier: its output is {_kind(logits)}, expected logits {expected} as a tensor of "
+                            "floats, or an object that has them as .logits")
         logits = logits.to(x.device)
         if logits.ndim != 2 or len(logits) != len(x) or (self.classes is not None and logits.shape[1] != len(self.classes)):
             raise ValueError(f"classifier: its output has shape {list(logits.shape)}, expected {expected}")

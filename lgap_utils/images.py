@@ -32,11 +32,13 @@ def check_images(x):
 def read_image(source):
     """One image from anywhere -> float [3, h, w] in [0, 1].
 
-    source: a path, an open binary file, a PIL image of any mode, an array [h, w], [h, w, 1], [h, w, 3] or [h, w, 4], or a
-    tensor [h, w], [1, h, w], [3, h, w] or [4, h, w]; a batch of one counts as one. uint8 is divided by 255, uint16 (and
-    PIL's 16-bit grey) by 65535; bools are black and white; floats are in [0, 1] already. A photograph is turned upright as
-    its EXIF says. The fourth channel is opacity, and whatever is transparent lies on white. Of several frames the first is
-    read. A float tensor keeps its dtype and its device. Raises FileNotFoundError, TypeError or ValueError, in one sentence.
+    source: a path, an open binary file, a PIL image of any mode, an array [h, w], [h, w, 1], [h, w, 3] or [h, w, 4],
+    or a tensor [h, w], [1, h, w], [3, h, w] or [4, h, w]; a batch of one counts as one. uint8 is divided by 255, uint16
+    (and PIL's 16-bit grey) by 65535; bools are black and white; floats are in [0, 1] already; other whole numbers have
+    no known range and are refused. A photograph is turned upright as its EXIF says. The fourth channel is opacity, and
+    whatever is transparent lies on white. Of several frames the first is read. A float tensor keeps its dtype and device.
+
+    Raises FileNotFoundError, TypeError or ValueError, in one sentence.
     """
     import numpy as np
     from PIL import Image
@@ -44,7 +46,8 @@ def read_image(source):
     if isinstance(source, (str, os.PathLike, Image.Image)) or hasattr(source, "read"):
         source = _decoded(source)
     if not isinstance(source, (torch.Tensor, np.ndarray)):
-        raise TypeError(f"image: expected one path, open file, PIL image, array or tensor, got {type(source).__name__}")
+        raise TypeError("image: expected one path, open file, PIL image, array or tensor, got "
+                        f"{type(source).__name__}")
     x = source if channels_first else _as_tensor(source)
     x = x[0] if x.ndim == 4 and len(x) == 1 else x
     shape = list(x.shape)
@@ -67,8 +70,9 @@ def _decoded(source):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with contextlib.nullcontext(source) if isinstance(source, Image.Image) else Image.open(source) as image:
-                stored = image.tile[0].args if getattr(image, "tile", None) else None      # how the file keeps a pixel
+            opened = contextlib.nullcontext(source) if isinstance(source, Image.Image) else Image.open(source)
+            with opened as image:
+                stored = image.tile[0].args if getattr(image, "tile", None) else None   # how the file keeps a pixel
                 image.load()
                 return _pixels(ImageOps.exif_transpose(image), stored)
     except FileNotFoundError:
@@ -94,7 +98,7 @@ def _pixels(image, stored):
         return array
     if hidden is not None and stored == "RGB;16B":
         raise ValueError("it has 16 bits a channel and a transparent colour; save it with an alpha channel")
-    if stored in ("L;2", "L;4") and isinstance(hidden, int):        # PIL spreads the pixels to 8 bits, but not this
+    if stored in ("L;2", "L;4") and isinstance(hidden, int):    # PIL spreads the pixels to 8 bits, but not this
         image.info["transparency"] = hidden * {"L;2": 85, "L;4": 17}[stored]
     if image.has_transparency_data:
         return np.asarray((image.convert("LA") if image.mode == "La" else image).convert("RGBA"))
@@ -118,7 +122,8 @@ def _on_white(x):
     if x.dtype in RANGES:
         x = x.float() / RANGES[x.dtype]
     elif not x.is_floating_point():
-        raise ValueError(f"image: the range of {x.dtype} is not known; expected [0, 1] as floats, or uint8, uint16 or bool")
+        raise ValueError(f"image: the range of {x.dtype} is not known; expected [0, 1] as floats, or uint8, uint16 "
+                         "or bool")
     if len(x) == 1:
         x = x.repeat(3, 1, 1)
     check_images(x[-3:][None])              # of four channels: before opacity can hide anything

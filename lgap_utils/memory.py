@@ -49,7 +49,7 @@ class Room:
 
 
 def ran_out(error):
-    """Whether an error says that memory ran out; every kind of device, and CUDA's libraries, have words of their own for it."""
+    """Whether an error says that memory ran out; kinds of devices, and CUDA's libraries, have words of their own for it."""
     words = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED", "unable to find an engine")
     return isinstance(error, torch.OutOfMemoryError) or any(part in str(error) for part in words)
 

@@ -24,9 +24,9 @@ from .profiles import REVISIONS, ROOT, Profile, get_profile
 
 
 def device_of(device=None, dtype="float32"):
-    """The device named, else $LGAP_DEVICE, else the GPU if there is one, else the CPU: of any kind that torch finds here.
+    """The device named, else $LGAP_DEVICE, else the GPU if there is one, else the CPU; of any kind that torch has.
 
-    dtype: what will be computed in. Raises ValueError for a device that is not there, or that cannot compute in dtype.
+    dtype: what will be computed in. Raises ValueError for a device that is not there or cannot compute in dtype.
     """
     if device is None:
         device = os.environ.get("LGAP_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -34,7 +34,8 @@ def device_of(device=None, dtype="float32"):
     try:
         found = torch.device(name)
     except RuntimeError:
-        raise ValueError(f"device {name!r}: no such kind; expected cpu, cuda, cuda:0 or another that torch has (see LGAP_DEVICE)") from None
+        raise ValueError(f"device {name!r}: no such kind; expected cpu, cuda, cuda:0 or another that torch has "
+                         "(see LGAP_DEVICE)") from None
     try:
         kind = torch.get_device_module(found.type)
     except RuntimeError:                        # "meta" and the like, which compute nothing
@@ -43,7 +44,8 @@ def device_of(device=None, dtype="float32"):
         what = "GPU" if found.type == "cuda" else f"{found.type} device"
         raise ValueError(f"device {name!r}: torch finds no {what} here; unset LGAP_DEVICE, or set it to cpu")
     if (found.index or 0) >= kind.device_count():
-        raise ValueError(f"device {name!r}: torch finds {kind.device_count()} of this kind here, counted from 0 (see LGAP_DEVICE)")
+        raise ValueError(f"device {name!r}: torch finds {kind.device_count()} of this kind here, counted from 0 "
+                         "(see LGAP_DEVICE)")
     if dtype != "float32":
         try:
             one = torch.ones(1, 1, 1, 1, device=found, dtype=getattr(torch, dtype))

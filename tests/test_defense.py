@@ -345,6 +345,7 @@ def test_images_that_just_fit_are_taken():
     ({"num_inference_steps": 50.0}, "num_inference_steps=50.0: expected a whole number"),
     ({"size": "32"}, "size='32': expected a whole number"),
     ({"vae_sample": "False"}, "vae_sample='False': choose from"),
+    ({"negative_prompt": None}, "negative_prompt=None: expected text"),
     ({"antialias": "no"}, "antialias='no': choose from"),
     ({"checkpointing": 0}, "checkpointing=0: choose from"),
 ])
@@ -372,8 +373,8 @@ NETWORKS = {
     "projected text": ("unet", {"encoder_hid_dim_type": "text_proj", "encoder_hid_dim": 64}, "unet: it reads text of width 64"),
     "a class": ("unet", {"class_embed_type": "timestep"}, "unet: it wants a class"),
     "classes": ("unet", {"num_class_embeds": 1000}, "unet: it wants a class"),
-    "SDXL": ("unet", {"addition_embed_type": "text_time"}, r"unet: it wants more than one text encoder's states \('text_time'\)"),
-    "Kandinsky": ("unet", {"encoder_hid_dim_type": "image_proj"}, r"unet: it wants more than .* \('image_proj'\)"),
+    "SDXL": ("unet", {"addition_embed_type": "text_time"}, r"unet: it wants more than one text encoder's.*'text_time'"),
+    "Kandinsky": ("unet", {"encoder_hid_dim_type": "image_proj"}, "unet: it wants more than .*'image_proj'"),
     "shifted latents": ("vae", {"shift_factor": 0.1}, "vae: expected one of RGB images"),
     "grey images": ("vae", {"in_channels": 1}, "vae: expected one of RGB images"),
     "a flow": ("scheduler", {"prediction_type": "flow_prediction"}, "scheduler: no DDIM step for the prediction type 'flow_prediction'"),
@@ -459,7 +460,7 @@ def test_a_part_that_cannot_be_called_as_it_will_be_is_refused(images, role, par
 def test_a_purifier_that_cannot_be_traced_says_so(images):
     defense = LGAP(lambda x: [""], pale, lambda x: x.flatten(1))
     assert defense.purify_one(images.x[0]).trace is None
-    with pytest.raises(TypeError, match=r"purifier: expected a callable of \(x, captions, keys, trace\), this one takes \(x, captions, keys\)"):
+    with pytest.raises(TypeError, match=r"purifier: expected a callable of \(x, captions, keys, trace\), this one takes \(x, capt"):
         defense.purify_one(images.x[0], with_trace=True)
 
 
@@ -606,6 +607,13 @@ def test_a_purified_image_that_is_not_finite_is_named(images):
         LGAP(None, broken, None).purify(images.x[:3], ["", "", ""], Keys([40, 41, 42]))
 
 
+def darkened(image):
+    """The image with a corner well below black: 64 of its 1024 pixels."""
+    image = image.clone()
+    image[:, :8, :8] = -0.4
+    return image
+
+
 PURIFIERS = {
     "-1 to 1": (lambda x, captions, keys: 2 * (x - x.amin()) - 1, r"image 1 of 2 is not in \[0, 1\].*looks like an image in \[-1, 1\]"),
     "0 to 255": (lambda x, captions, keys: 255 * x, r"span \[.*\] \(key .*; it looks like an image in \[0, 255\], divide by 255"),
@@ -613,6 +621,7 @@ PURIFIERS = {
     "one of two": (lambda x, captions, keys: x * torch.tensor([1, -1]).view(2, 1, 1, 1), r"image 1 of 2 .* \(key \(0, 41"),
     "-1 to 1, noise": (lambda x, captions, keys: 2 * uniform(*x.shape) - 1, r"looks like an image in \[-1, 1\]"),
     "twice, noise": (lambda x, captions, keys: 2 * uniform(*x.shape), "clamp or rescale it"),
+    "a dark corner": (lambda x, captions, keys: x.index_put((torch.tensor(1),), darkened(x[1])), r"image 1 of 2 .*in \[-1, 1\]"),
     "normalised": (lambda x, captions, keys: (x - 0.5) / 0.2, "not in"),
     "another shape": (lambda x, captions, keys: x[:1], r"its output is \[1, 3, 32, 32\], expected \[2, 3, 32, 32\]"),
     "channels last": (lambda x, captions, keys: x.permute(0, 2, 3, 1), r"its output is \[2, 32, 32, 3\]"),

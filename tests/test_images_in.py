@@ -40,11 +40,12 @@ def test_the_same_image_comes_the_same_from_everywhere(pixels, tmp_path):
     image, path = Image.fromarray(pixels), tmp_path / "x.png"
     image.save(path)
     with open(path, "rb") as file:
-        exact = [path, str(path), file, io.BytesIO(path.read_bytes()), image, Image.open(path), pixels, pixels[None], np.asfortranarray(pixels),
-                 pixels.copy()[:, ::-1][:, ::-1], x, x[None], torch.from_numpy(pixels).permute(2, 0, 1)]
+        exact = [path, str(path), file, io.BytesIO(path.read_bytes()), image, Image.open(path), pixels, pixels[None],
+                 np.asfortranarray(pixels), pixels.copy()[:, ::-1][:, ::-1], x, x[None], torch.from_numpy(pixels).permute(2, 0, 1)]
         assert all(torch.equal(read_image(source), x) and read_image(source).dtype == torch.float32 for source in exact)
-    for source in (pixels / 255, pixels / np.float32(255), (pixels / 255).astype(">f8"), pixels * np.uint16(257), (pixels * np.uint16(257)).astype(">u2"),
-                   x.double(), torch.from_numpy(pixels * np.uint16(257)).permute(2, 0, 1)):
+    deep = pixels * np.uint16(257)
+    for source in (pixels / 255, pixels / np.float32(255), (pixels / 255).astype(">f8"), deep, deep.astype(">u2"), x.double(),
+                   torch.from_numpy(deep).permute(2, 0, 1)):
         assert torch.allclose(read_image(source).float(), x, atol=1e-6)
     assert read_image(x) is x and read_image(x.double()).dtype == torch.float64
 
@@ -146,7 +147,8 @@ def png(width, depth, colour, row, hidden):
 
 
 @pytest.mark.parametrize("file, expected", [
-    (png(2, 1, 0, b"\x40", b"\0\1"), [0, 255]), (png(4, 2, 0, b"\x1b", b"\0\1"), [0, 255, 170, 255]), (png(2, 4, 0, b"\x5f", b"\0\5"), [255, 255]),
+    (png(2, 1, 0, b"\x40", b"\0\1"), [0, 255]), (png(4, 2, 0, b"\x1b", b"\0\1"), [0, 255, 170, 255]),
+    (png(2, 4, 0, b"\x5f", b"\0\5"), [255, 255]),
     (png(2, 4, 0, b"\x52", b"\0\5"), [255, 34]), (png(2, 8, 0, b"\x64\x32", b"\0\x64"), [255, 50]),
     (png(2, 16, 0, struct.pack(">2H", 40000, 257), struct.pack(">H", 40000)), [255, 1])],
     ids=["1 bit", "2 bits", "4 bits", "4 bits, dark", "8 bits", "16 bits"])
@@ -159,7 +161,8 @@ def test_a_hidden_colour_of_a_palette_or_of_rgb_is_white():
     palette = Image.new("P", (2, 1))
     palette.putpalette([*BLUE, *RED])
     palette.putpixel((1, 0), 1)
-    for file in (rgb, stored(palette, "PNG", transparency=1), stored(palette, "PNG", transparency=b"\xff\0"), stored(palette, "GIF", transparency=1)):
+    for file in (rgb, stored(palette, "PNG", transparency=1), stored(palette, "PNG", transparency=b"\xff\0"),
+                 stored(palette, "GIF", transparency=1)):
         assert levels(read_image(file)) == [[list(BLUE), WHITE]]
         assert levels(read_image(Image.open(file))) == [[list(BLUE), WHITE]]
 
@@ -225,12 +228,15 @@ def test_of_several_frames_the_first_is_read(kind):
 @pytest.mark.parametrize("source, error, says", [
     (None, TypeError, "expected one path, open file, PIL image, array or tensor, got NoneType"), ([0, 1], TypeError, "got list"),
     (["a.png"], TypeError, "got list"), ({"path": "a.png"}, TypeError, "got dict"), (b"\x89PNG", TypeError, "got bytes"),
-    (7, TypeError, "got int"), (np.float32(1), TypeError, "got float32"), (np.zeros((3, 8, 9)), ValueError, "channels-first, use .transpose"),
+    (7, TypeError, "got int"), (np.float32(1), TypeError, "got float32"),
+    (np.zeros((3, 8, 9)), ValueError, "channels-first, use .transpose"),
     (np.zeros((1, 8, 9)), ValueError, "channels-first"), (torch.zeros(8, 9, 3), ValueError, "channels-last, use .permute"),
     (np.zeros((8, 8, 2)), ValueError, r"expected \[height, width, 3\], got shape \[8, 8, 2\]$"), (np.zeros(8), ValueError, r"\[8\]"),
-    (np.zeros((2, 8, 8, 3)), ValueError, r"\[2, 8, 8, 3\]"), (torch.zeros(5, 8, 8), ValueError, r"expected \[3, height, width\], got .*\[5"),
+    (np.zeros((2, 8, 8, 3)), ValueError, r"\[2, 8, 8, 3\]"),
+    (torch.zeros(5, 8, 8), ValueError, r"expected \[3, height, width\], got .*\[5"),
     (torch.zeros(2, 3, 8, 8), ValueError, r"\[2, 3, 8, 8\]"), (np.zeros((0, 8, 3)), ValueError, "no pixels"),
-    (np.zeros((0, 0), np.uint8), ValueError, "no pixels"), (torch.zeros(3, 0, 8), ValueError, "no pixels"), (Image.new("RGB", (0, 5)), ValueError, "^image"),
+    (np.zeros((0, 0), np.uint8), ValueError, "no pixels"), (torch.zeros(3, 0, 8), ValueError, "no pixels"),
+    (Image.new("RGB", (0, 5)), ValueError, "^image"),
     (np.full((8, 8), np.nan), ValueError, "NaN"), (np.full((8, 8, 3), 200.0), ValueError, r"expected \[0, 1\]"),
     (np.full((8, 8, 3), 7), ValueError, r"expected \[0, 1\]"), (np.full((8, 8, 3), -0.5), ValueError, r"span \[-0.5"),
     (np.array([[[0.5, 0.5, 0.5, 2.0]]]), ValueError, r"span \[0.5, 2\]"), (np.array([[[np.nan, 0, 0, 0]]]), ValueError, "NaN"),

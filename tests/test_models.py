@@ -397,7 +397,8 @@ def test_without_a_gpu_a_profile_that_needs_one_says_so(profile, monkeypatch):
         models.load_defense(needing)
     monkeypatch.setenv("LGAP_DEVICE", "cpu")
     assert models.load_defense(needing).classes
-    for name, words in (("cuda", "torch finds no GPU here; unset LGAP_DEVICE, or set it to cpu"), ("meta", "torch finds no meta device here"),
+    for name, words in (("cuda", "torch finds no GPU here; unset LGAP_DEVICE, or set it to cpu"),
+                        ("meta", "torch finds no meta device here"),
                         ("gpu", "no such kind; expected cpu, cuda, cuda:0 or another that torch has")):
         monkeypatch.setenv("LGAP_DEVICE", name)
         with pytest.raises(ValueError, match=f"device '{name}': {words}"):
@@ -426,8 +427,9 @@ def test_any_device_of_torch_is_taken_where_it_is_there(monkeypatch, kind):
 
 def test_a_device_without_double_precision_and_bfloat16_purifies():
     """tests/pretended.py: an operation that mixes it with the CPU, or makes such a tensor there, is refused."""
-    run = subprocess.run([sys.executable, Path(__file__).with_name("pretended.py")], capture_output=True, text=True, check=False, timeout=500,
-                         env={**os.environ, "LGAP_DEVICE": "pretended", "PYTHONPATH": str(Path(__file__).parents[1])})
+    env = {**os.environ, "LGAP_DEVICE": "pretended", "PYTHONPATH": str(Path(__file__).parents[1])}
+    run = subprocess.run([sys.executable, Path(__file__).with_name("pretended.py")], capture_output=True, text=True, check=False,
+                         timeout=500, env=env)
     assert run.returncode == 0, run.stderr
     refused, none, end = run.stdout.strip().splitlines()
     assert refused == ("device 'pretended': it does not compute in bfloat16 (the pretended device has no torch.bfloat16); "
@@ -441,17 +443,19 @@ def test_the_cpu_computes_in_what_a_profile_may_have():
 
 
 def test_a_classifier_sees_images_of_the_size_it_was_made_for(profile, defense, images):
-    seen = []
-    parts = {"captioner": defense.captioner, "purifier": lambda x, captions, keys: x,
-             "classifier": lambda x: seen.append(tuple(x.shape[2:])) or x.flatten(1)[:, :10]}
+    seen, parts = [], {"captioner": defense.captioner, "purifier": lambda x, captions, keys: x}
+
+    def classifier(classes):
+        return lambda x: seen.append(tuple(x.shape[2:])) or x.flatten(1)[:, :classes]
+
     for input_size in (None, 224, 48):
-        models.load_defense(profile, **parts, input_size=input_size)(images.x[:1], [""])
-    models.load_defense(dataclasses.replace(profile, dataset="imagenet"), **parts | {"classifier": lambda x: seen.append(tuple(x.shape[2:])) or
-                                            x.flatten(1)[:, :1000]})(images.x[:1], [""])
+        models.load_defense(profile, **parts, classifier=classifier(10), input_size=input_size)(images.x[:1], [""])
+    imagenet = dataclasses.replace(profile, dataset="imagenet")
+    models.load_defense(imagenet, **parts, classifier=classifier(1000))(images.x[:1], [""])
     assert seen == [(32, 32), (224, 224), (48, 48), (224, 224)]
     for wrong in (0, "224", 224.0, (224, 224), True):
         with pytest.raises(ValueError, match="input_size="):
-            models.load_defense(profile, **parts, input_size=wrong)
+            models.load_defense(profile, **parts, classifier=classifier(10), input_size=wrong)
 
 
 @pytest.mark.parametrize("table", ["2", 5, 0, -1, True, 2.0, [2]])
@@ -461,7 +465,8 @@ def test_a_table_that_the_paper_has_not_is_refused(table):
 
 
 def test_every_table_of_the_paper_is_there():
-    assert [get_profile("paper", table).dataset for table in (None, 1, 2, 3, 4)] == ["cifar10", "cifar10", "cifar100", "cifar10", "imagenet"]
+    found = [get_profile("paper", table).dataset for table in (None, 1, 2, 3, 4)]
+    assert found == ["cifar10", "cifar10", "cifar100", "cifar10", "imagenet"]
 
 
 @pytest.mark.parametrize("settings, says", [
@@ -478,8 +483,8 @@ def test_settings_that_cannot_work_are_refused_before_anything_starts(settings, 
         get_profile("toy", **settings)
 
 
-@pytest.mark.parametrize("settings", [{"size": 40}, {"max_length": 6}, {"max_length": 3, "prompt": "", "min_length": 3}, {"guidance_scale": 1},
-                                      {"guidance_scale": 100.0}, {"min_length": 20}])
+@pytest.mark.parametrize("settings", [{"size": 40}, {"max_length": 6}, {"max_length": 3, "prompt": "", "min_length": 3},
+                                      {"guidance_scale": 1}, {"guidance_scale": 100.0}, {"min_length": 20}])
 def test_settings_at_their_bounds_are_taken(settings):
     profile = get_profile("toy", **settings)
     assert {name: getattr(profile, name) for name in settings} == settings
