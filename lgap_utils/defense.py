@@ -6,8 +6,10 @@ Nothing in here says `no_grad` about images: whoever calls decides whether a gra
 from __future__ import annotations
 
 import contextlib
-import math
+import inspect
+import itertools
 import warnings
+from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 
 import torch
@@ -16,28 +18,12 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from .identity import config_digest, digest, tokenizer_digest
+from .images import check_images, read_image
 from .keyed import Keys
-from .profiles import denoising_steps
+from .profiles import check_guidance, check_whole, denoising_steps
 
-METHOD = 3      # of everything that decides a row: raise it with any change of a result (tests/test_golden.py), and old rows are refused
-
-
-def check_images(x):
-    """Refuse anything but a non-empty float batch [n, 3, height, width] in [0, 1], in one sentence."""
-    if not isinstance(x, torch.Tensor):
-        raise TypeError(f"images: expected a torch.Tensor, got {type(x).__name__}; `purify_one` takes paths, PIL images and arrays")
-    if not x.is_floating_point():
-        raise TypeError(f"images: expected floats in [0, 1], got {x.dtype}; divide uint8 images by 255")
-    if x.ndim != 4 or x.shape[1] != 3:
-        hint = "; it looks channels-last, use .permute(0, 3, 1, 2)" if x.ndim == 4 and x.shape[-1] == 3 else ""
-        raise ValueError(f"images: expected shape [n, 3, height, width], got {list(x.shape)}{hint}")
-    if len(x) == 0:
-        raise ValueError("images: the batch is empty; expected at least one image")
-    low, high = x.detach().amin().item(), x.detach().amax().item()
-    if math.isnan(low) or math.isinf(low) or math.isinf(high):
-        raise ValueError(f"images: {int((~torch.isfinite(x.detach()).flatten(1).all(1)).sum())} of {len(x)} hold NaN or inf")
-    if low < 0 or high > 1:
-        raise ValueError(f"images: values span [{low:.9g}, {high:.9g}], expected [0, 1]; rescale or clamp them first")
+# Of everything that decides a row: raise it with any change of a result (tests/test_golden.py), and old rows are refused.
+METHOD = 3
 
 
 def noise_schedule(scheduler, strength, num_inference_steps, time_grid="compvis"):
@@ -54,6 +40,37 @@ def noise_schedule(scheduler, strength, num_inference_steps, time_grid="compvis"
     if time_grid == "diffusers":
         return times[n - 1], times[:n][::-1]
     raise ValueError(f"no time_grid {time_grid!r}; choose from ['compvis', 'diffusers']")
+
+
+PLAIN = "take a plain text-to-image model such as Stable Diffusion 1 or 2"
+
+
+def check_networks(vae, unet, text, tokenizer, scheduler):
+    """Refuse networks that `LatentPurifier` cannot run, by their configurations, in one sentence."""
+    if unet.in_channels != vae.latent_channels:
+        raise ValueError(f"unet: it takes {unet.in_channels} channels and the VAE's latents have {vae.latent_channels}; "
+                         f"one for inpainting (9 channels) or instructions (8) wants more than a latent, {PLAIN}")
+    if unet.out_channels != vae.latent_channels:
+        raise ValueError(f"unet: it gives {unet.out_channels} channels and the VAE's latents have {vae.latent_channels}; "
+                         f"one that predicts a variance, too, is not supported, {PLAIN}")
+    if unet.class_embed_type is not None or unet.num_class_embeds is not None:
+        raise ValueError(f"unet: it wants a class beside the caption, {PLAIN}")
+    if unet.addition_embed_type not in (None, "text") or unet.encoder_hid_dim_type not in (None, "text_proj"):
+        raise ValueError("unet: it wants more than one text encoder's states, as those of SDXL and Kandinsky do (addition_embed_type="
+                         f"{unet.addition_embed_type!r}, encoder_hid_dim_type={unet.encoder_hid_dim_type!r}), {PLAIN}")
+    width = unet.encoder_hid_dim if unet.encoder_hid_dim_type else unet.cross_attention_dim
+    widths = set(width) if isinstance(width, (list, tuple)) else {width}
+    if widths != {text.hidden_size}:
+        raise ValueError(f"unet: it reads text of width {', '.join(map(str, sorted(widths)))} and the text encoder's is "
+                         f"{text.hidden_size}; take both from one model")
+    if tokenizer.model_max_length > text.max_position_embeddings:
+        raise ValueError(f"tokenizer: it gives {tokenizer.model_max_length} tokens and the text encoder reads "
+                         f"{text.max_position_embeddings}; set its model_max_length")
+    if vae.in_channels != 3 or vae.shift_factor is not None or vae.latents_mean is not None:
+        raise ValueError("vae: expected one of RGB images whose latents are scaled and not shifted, as in Stable Diffusion 1 and 2")
+    if scheduler.config.prediction_type not in ("epsilon", "sample", "v_prediction"):
+        raise ValueError(f"scheduler: no DDIM step for the prediction type {scheduler.config.prediction_type!r}; "
+                         "choose from ['epsilon', 'sample', 'v_prediction']")
 
 
 @dataclass
@@ -87,10 +104,18 @@ class LatentPurifier(nn.Module):
         self.vae_sample, self.negative_prompt, self.checkpointing = vae_sample, negative_prompt, checkpointing
         self.antialias, self.vae_input = antialias, vae_input
         self.truncated = 0                             # captions that were longer than the text encoder reads
+        check_networks(vae.config, unet.config, text_encoder.config, tokenizer, scheduler)
         self._check()
 
     def _check(self):
         """Refuse settings that cannot work, in one sentence."""
+        if not isinstance(self.negative_prompt, str):
+            raise ValueError(f"negative_prompt={self.negative_prompt!r}: expected text")
+        for name in ("vae_sample", "antialias", "checkpointing"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={getattr(self, name)!r}: choose from [False, True]")
+        check_whole("size", self.size)
+        check_guidance(self.guidance_scale)
         halvings = len(self.vae.config.block_out_channels) - 1
         if self.size % 2 ** halvings:
             raise ValueError(f"size={self.size}: the VAE halves {halvings} times, expected a multiple of {2 ** halvings}")
@@ -244,6 +269,60 @@ class Purified:
         return int(self.logits.argmax())
 
 
+def check_evaluating(part, role):
+    """Refuse a part that would answer as in training: differently each time, or for other neighbours in the batch."""
+    for name, module in part.named_modules() if isinstance(part, nn.Module) else [("", part)]:
+        whose = f"{role}: its `{name}` ({type(module).__name__})" if name else f"{role}: it"
+        if getattr(module, "training", False):
+            raise ValueError(f"{whose} is in training mode, so its answers depend on chance or on the batch; "
+                             "call .eval() first")
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
+            raise ValueError(f"{whose} keeps no running statistics, so its answers depend on the batch")
+
+
+def check_purified(purified, shape, keys):
+    """Refuse what cannot be purified images: floats of this shape, finite, and in [0, 1] but for noise."""
+    if not isinstance(purified, torch.Tensor) or not purified.is_floating_point():
+        raise TypeError(f"purifier: its output is {_kind(purified)}, expected {list(shape)} as a tensor of floats "
+                        "in [0, 1]")
+    if purified.shape != shape:
+        raise ValueError(f"purifier: its output is {list(purified.shape)}, expected {list(shape)}")
+    if (bad := ~torch.isfinite(purified.detach()).flatten(1).all(1)).any():
+        image, key = _first(bad, keys)
+        raise ValueError(f"purified {image} holds NaN or inf{key}")
+    check_range(purified, "purifier: its output for ", keys)
+
+
+def check_range(x, whose, keys=None):
+    """Refuse images that are not in [0, 1], but for noise: of standard deviation 0.25 it passes, of 0.5 it does not."""
+    values = x.detach().float()
+    sides = [min(8, side) for side in x.shape[2:]]
+    squares = F.avg_pool2d(values, sides, ceil_mode=True).flatten(1)        # in their means noise cancels out
+    outside = ((values - 0.5).abs() > 1).flatten(1).float().mean(1)         # the share of values more than 0.5 outside
+    bad = (squares.amin(1) < -0.25) | (squares.amax(1) > 1.25) | (outside > 0.05)
+    if not bad.any():
+        return
+    low, high = values.amin().item(), values.amax().item()
+    hint = "clamp or rescale it"
+    if low < -0.25 and high < 1.25:
+        hint = "it looks like an image in [-1, 1], which (x + 1) / 2 brings there"
+    elif low >= 0 and high > 100:
+        hint = "it looks like an image in [0, 255], divide by 255"
+    image, key = _first(bad, keys)
+    raise ValueError(f"{whose}{image} is not in [0, 1], values span [{low:.3g}, {high:.3g}]{key}; {hint}")
+
+
+def _first(bad, keys):
+    """("image 1 of 3", " (key ...)") for the first that is marked in `bad` [n]; without keys ""."""
+    first = int(bad.nonzero()[0])
+    return f"image {first} of {len(bad)}", f" (key {keys.rows[first]})" if keys is not None else ""
+
+
+def _kind(answer):
+    """What a part answered with, in a word."""
+    return str(answer.dtype) if isinstance(answer, torch.Tensor) else type(answer).__name__
+
+
 class LGAP(nn.Module):
     """The defence: forward(x) is classify(purify(x)).
 
@@ -257,104 +336,115 @@ class LGAP(nn.Module):
         super().__init__()
         self.captioner, self.purifier, self.classifier = captioner, purifier, classifier
         self.classes = tuple(classes) if classes is not None else None
+        if input_size is not None:
+            check_whole("input_size", input_size)
         self.input_size = input_size        # pixels the classifier was made for; images of another size are resized to it
         for part in (captioner, purifier, classifier):
             if isinstance(part, nn.Module):
                 part.eval()
         self.training = False      # attack libraries ask
 
+    def _part(self, role, *arguments):
+        """The part of this name, if it can be asked: a callable of these arguments, in evaluation mode."""
+        part = getattr(self, role)
+        if not callable(part):
+            raise TypeError(f"{role}: expected a callable, got {type(part).__name__}")
+        check_evaluating(part, role)
+        try:
+            called = part.forward if isinstance(part, nn.Module) else part
+            signature = inspect.signature(called, follow_wrapped=False)
+        except (TypeError, ValueError):             # not every callable has one that Python can tell
+            return part
+        try:
+            signature.bind(*arguments)
+        except TypeError:
+            raise TypeError(f"{role}: expected a callable of ({', '.join(arguments)}), "
+                            f"this one takes {signature}") from None
+        return part
+
     def caption(self, x):
         """BLIP(x), paper section 3.1: one string per image."""
         check_images(x)
         with torch.no_grad():
-            captions = self.captioner(x.detach())
+            captions = self._part("captioner", "x")(x.detach().clone())
         return self._checked_captions(captions, len(x))
 
     @staticmethod
     def _checked_captions(captions, n):
-        if isinstance(captions, str) or not all(isinstance(c, str) for c in captions):
-            raise TypeError("captions: expected a list of strings, one per image")
+        """A list of n strings, from whatever hands them out in an order."""
+        if isinstance(captions, (str, bytes, Set, Mapping)) or not isinstance(captions, Iterable):
+            raise TypeError(f"captions: expected a list of strings, one per image, got {type(captions).__name__}")
+        captions = list(itertools.islice(captions, n + 1) if isinstance(captions, Iterator) else captions)
+        if wrong := [i for i, caption in enumerate(captions) if not isinstance(caption, str)]:
+            raise TypeError("captions: expected a list of strings, one per image, "
+                            f"number {wrong[0]} is {captions[wrong[0]]!r:.80}")
         if len(captions) != n:
             raise ValueError(f"captions: got {len(captions)} for {n} images, expected one each")
-        return list(captions)
+        return captions
 
     def purify(self, x, captions=None, keys=None, trace=None):
         """The purified images: [n, 3, h, w] in [0, 1], differentiable with respect to x.
 
         With d * n keys each image is purified d times, [d * n, 3, h, w], image after image, under one caption.
+        Raises TypeError or ValueError for images, captions or keys that cannot be meant, and for an answer that is no image.
         """
         check_images(x)
+        purifier = self._part("purifier", "x", "captions", "keys", *["trace"] * (trace is not None))
         captions = self.caption(x) if captions is None else self._checked_captions(captions, len(x))
+        if keys is not None and not isinstance(keys, Keys):
+            raise TypeError(f"keys: expected keyed.Keys, got {type(keys).__name__}")
         if keys is not None and (len(keys) == 0 or len(keys) % len(x)):
             raise ValueError(f"keys: got {len(keys)} for {len(x)} images, expected one each, or the same number of draws for each")
         keys = Keys.of_content(x) if keys is None else keys
-        if (n_draws := len(keys) // len(x)) > 1 and not getattr(self.purifier, "takes_draws", False):
-            x, captions = x.repeat_interleave(n_draws, 0), [c for c in captions for _ in range(n_draws)]
-        purified = self.purifier(x, captions, keys) if trace is None else self.purifier(x, captions, keys, trace)
-        if not isinstance(purified, torch.Tensor) or purified.shape != (len(keys), *x.shape[1:]):
-            raise ValueError(f"purifier: its output is {list(getattr(purified, 'shape', [])) or type(purified).__name__}, "
-                             f"expected {[len(keys), *x.shape[1:]]}")
-        if (bad := ~torch.isfinite(purified.detach()).flatten(1).all(1)).any():
-            first = int(bad.nonzero()[0])
-            raise ValueError(f"purified image {first} of {len(x)} holds NaN or inf (key {keys.rows[first]})")
-        if (lowest := purified.detach().min().item()) < -0.5:      # a little outside is what noise does
-            warnings.warn(f"purifier: its output goes down to {lowest:.2f} and looks like an image in [-1, 1]; expected [0, 1], "
-                          "that is (x + 1) / 2")
+        own = x.clone()                     # a part may work in place, and others still need x
+        if (n_draws := len(keys) // len(x)) > 1 and not getattr(purifier, "takes_draws", False):
+            own, captions = own.repeat_interleave(n_draws, 0), [c for c in captions for _ in range(n_draws)]
+        purified = purifier(own, captions, keys) if trace is None else purifier(own, captions, keys, trace)
+        check_purified(purified, (len(keys), *x.shape[1:]), keys)
         return purified
 
-    def classify(self, x):
-        """Logits [n, classes] of images as they are, on the images' device; the classifier may be on another."""
-        if getattr(self.classifier, "training", False):
-            raise ValueError("classifier: it is in training mode, so its answers depend on the batch; call .eval() first")
-        x = x if self.input_size is None else resize(x, (self.input_size, self.input_size))
-        weight = next(self.classifier.parameters(), None) if isinstance(self.classifier, nn.Module) else None
-        logits = self.classifier(x if weight is None else x.to(weight.device, weight.dtype)).to(x.device)
+    def classify(self, x, keys=None):
+        """Logits [n, classes] of images as they are, on the images' device; the classifier may be on another.
+
+        keys: of the images, if they have any, to name one whose logits are not finite.
+        """
+        if not isinstance(x, torch.Tensor) or not x.is_floating_point() or x.ndim != 4:
+            raise TypeError("images: expected a float tensor [n, 3, height, width] in [0, 1], got "
+                            f"{_kind(x)} {list(getattr(x, 'shape', []))}")
+        check_range(x, "images: ", keys)
+        classifier, own = self._part("classifier", "x"), x.clone()
+        own = own if self.input_size is None else resize(own, (self.input_size, self.input_size))
+        weight = next(classifier.parameters(), None) if isinstance(classifier, nn.Module) else None
+        answer = classifier(own if weight is None else own.to(weight.device, weight.dtype))
+        logits = getattr(answer, "logits", answer)          # transformers' classifiers answer with more than logits
+        return self._checked_logits(logits, x, keys)
+
+    def _checked_logits(self, logits, x, keys):
+        """Finite logits [n, classes] on the device of x."""
+        expected = f"[{len(x)}, {len(self.classes) if self.classes is not None else 'classes'}]"
+        if not isinstance(logits, torch.Tensor) or not logits.is_floating_point():
+            raise TypeError(f"classifier: its output is {_kind(logits)}, expected logits {expected} as a tensor of "
+                            "floats, or an object that has them as .logits")
+        logits = logits.to(x.device)
         if logits.ndim != 2 or len(logits) != len(x) or (self.classes is not None and logits.shape[1] != len(self.classes)):
-            expected = f"[{len(x)}, {len(self.classes) if self.classes is not None else 'classes'}]"
             raise ValueError(f"classifier: its output has shape {list(logits.shape)}, expected {expected}")
         values = logits.detach().float()
-        if not torch.isfinite(values).all():
-            raise ValueError("classifier: its output holds NaN or inf")
+        if (bad := ~torch.isfinite(values).all(1)).any():
+            image, key = _first(bad, keys)
+            raise ValueError(f"classifier: its output for {image} holds NaN or inf{key}")
         if (values >= 0).all() and torch.allclose(values.sum(1), torch.ones(len(values), device=values.device), atol=1e-4):
             warnings.warn("classifier: its outputs look like softmax probabilities; logits were expected, and gradient "
                           "attacks on probabilities are weaker than they should be")
         return logits
 
     def forward(self, x, captions=None, keys=None):
-        return self.classify(self.purify(x, captions, keys))
+        return self.classify(self.purify(x, captions, keys), keys)
 
     @torch.no_grad()
     def purify_one(self, source, seed=0, with_trace=False):
-        """Purify and classify one image: a path, a PIL image, an array or a tensor. Returns `Purified`."""
+        """Purify and classify one image, from anywhere (see `images.read_image`). Returns `Purified`."""
         x = read_image(source)[None]
         trace = Trace() if with_trace else None
         (caption,) = self.caption(x)
         image = self.purify(x, [caption], Keys.of_content(x, seed), trace)
         return Purified(image[0], caption, self.classify(image)[0], trace)
-
-
-def read_image(source):
-    """A path, a PIL image, an array [h, w, 3] (uint8, or floats in [0, 1]) or a tensor [3, h, w] -> float [3, h, w]."""
-    import numpy as np
-    from PIL import Image, UnidentifiedImageError
-    if isinstance(source, torch.Tensor):
-        check_images(source[None])
-        return source
-    if not isinstance(source, (Image.Image, np.ndarray)):
-        name = source
-        try:
-            source = Image.open(source)
-            source.load()
-        except UnidentifiedImageError:
-            raise ValueError(f"{source}: not an image file that PIL can read") from None
-        except FileNotFoundError:
-            raise FileNotFoundError(f"{source}: no such image file") from None
-        except OSError as error:
-            raise ValueError(f"{name}: not a whole image file ({error})") from None
-    array = np.asarray(source.convert("RGB") if isinstance(source, Image.Image) else source)
-    if array.ndim != 3 or array.shape[2] != 3:
-        raise ValueError(f"image: expected an array [height, width, 3], got shape {list(array.shape)}")
-    x = torch.from_numpy(np.array(array)).permute(2, 0, 1)
-    x = x.float() / 255 if x.dtype == torch.uint8 else x.float()
-    check_images(x[None])
-    return x

@@ -340,7 +340,8 @@ NOTEBOOKS = {
     "02_purification": (None, lambda p, t: [
         t.both(p.n_images), t.both(1), t.purifications(7),
         *(t.purifications(1, strength=s, num_inference_steps=max(50, p.num_inference_steps)) for s in (0.1, 0.3, 0.5, 0.7)),
-        *(t.purifications(1, guidance_scale=g) for g in (1.0, p.guidance_scale / 2, p.guidance_scale, 2 * p.guidance_scale))]),
+        *(t.purifications(1, guidance_scale=min(100, max(1, g)))
+          for g in (1, p.guidance_scale / 2, p.guidance_scale, 2 * p.guidance_scale))]),
     "03_finetuning": (None, lambda p, t: [t.both(4 * p.n_images), t.finetune()]),
     "04_table1_cifar10_blind": (1, lambda p, t: [
         t.finetune(),

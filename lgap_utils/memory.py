@@ -38,8 +38,8 @@ class Room:
             raise MemoryError(f"one image alone does not fit into memory ({said}); lower `size`, or use a larger device")
         self.size = self.most = max(1, tried // 2)
         gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        if torch.accelerator.is_available():
+            torch.get_device_module().empty_cache()
         print(f"out of memory with {tried} draws in a call; going on with {self.size}", flush=True)
         return False, None
 
@@ -49,8 +49,8 @@ class Room:
 
 
 def ran_out(error):
-    """Whether an error says that memory ran out; CUDA's libraries have words of their own for it."""
-    words = ("can't allocate memory", "not enough memory", "CUDA error: out of memory", "ALLOC_FAILED", "unable to find an engine")
+    """Whether an error says that memory ran out; kinds of devices, and CUDA's libraries, have words of their own for it."""
+    words = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED", "unable to find an engine")
     return isinstance(error, torch.OutOfMemoryError) or any(part in str(error) for part in words)
 
 

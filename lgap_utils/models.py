@@ -38,17 +38,36 @@ from .profiles import REVISIONS, ROOT, Profile, get_profile
 from .rows import difference
 
 
-def device_of(device=None):
-    """The device named, else $LGAP_DEVICE, else the GPU if there is one, else the CPU. Raises ValueError for one that is not there."""
-    name = str(device or os.environ.get("LGAP_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu"))
+def device_of(device=None, dtype="float32"):
+    """The device named, else $LGAP_DEVICE, else the GPU if there is one, else the CPU; of any kind that torch has.
+
+    dtype: what will be computed in. Raises ValueError for a device that is not there or cannot compute in dtype.
+    """
+    if device is None:
+        device = os.environ.get("LGAP_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
+    name = str(device)
     try:
         found = torch.device(name)
     except RuntimeError:
-        raise ValueError(f"device {name!r}: no such kind; expected cpu, cuda or cuda:0 (see LGAP_DEVICE)") from None
-    if found.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {name!r}: torch finds no GPU here; unset LGAP_DEVICE, or set it to cpu")
-    if found.type not in ("cpu", "cuda") or (found.index or 0) >= max(1, torch.cuda.device_count()):
-        raise ValueError(f"device {name!r}: expected cpu or one of {torch.cuda.device_count()} GPUs (see LGAP_DEVICE)")
+        raise ValueError(f"device {name!r}: no such kind; expected cpu, cuda, cuda:0 or another that torch has "
+                         "(see LGAP_DEVICE)") from None
+    try:
+        kind = torch.get_device_module(found.type)
+    except RuntimeError:                        # "meta" and the like, which compute nothing
+        kind = None
+    if kind is None or not kind.is_available():
+        what = "GPU" if found.type == "cuda" else f"{found.type} device"
+        raise ValueError(f"device {name!r}: torch finds no {what} here; unset LGAP_DEVICE, or set it to cpu")
+    if (found.index or 0) >= kind.device_count():
+        raise ValueError(f"device {name!r}: torch finds {kind.device_count()} of this kind here, counted from 0 "
+                         "(see LGAP_DEVICE)")
+    if dtype != "float32":
+        try:
+            one = torch.ones(1, 1, 1, 1, device=found, dtype=getattr(torch, dtype))
+            torch.nn.functional.conv2d(one, one)
+        except (NotImplementedError, RuntimeError, TypeError) as error:
+            raise ValueError(f"device {name!r}: it does not compute in {dtype} ({str(error).splitlines()[0][:100]}); "
+                             "set dtype=float32, or another device") from None
     return found
 
 
@@ -134,6 +153,7 @@ CAPTIONER_FILES = ["*.json", "*.txt", "model.safetensors"]
 def load_captioner(name, revision=None, *, device=None, dtype="float32", **search):
     """BLIP from a folder or the hub; `search` as `Captioner`. Raises CheckpointError."""
     from transformers import BlipForConditionalGeneration, BlipProcessor
+    device = device_of(device, dtype)
     with _loading("captioner", name):
         folder = _folder(name, revision, CAPTIONER_FILES)
         if (pickle := folder / "pytorch_model.bin").is_file() and not (folder / "model.safetensors").exists():
@@ -142,7 +162,7 @@ def load_captioner(name, revision=None, *, device=None, dtype="float32", **searc
                                                                     output_loading_info=True, local_files_only=True))
         processor = BlipProcessor.from_pretrained(folder, local_files_only=True)
         _with_words(processor.tokenizer)
-    return Captioner(model, processor, **search).to(device_of(device))
+    return Captioner(model, processor, **search).to(device)
 
 
 def _converted(pickle):
@@ -187,6 +207,7 @@ def load_diffusion(name, revision=None, *, device=None, dtype="float32", variant
     """A latent diffusion model in diffusers' layout, as a `LatentPurifier` with `settings`. Raises CheckpointError."""
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTokenizer
+    device = device_of(device, dtype)
     with _loading("diffusion model", name):
         folder = _folder(name, revision, diffusion_files(variant))
         weights = {"use_safetensors": True, "output_loading_info": True, "local_files_only": True, "variant": variant or None}
@@ -197,7 +218,7 @@ def load_diffusion(name, revision=None, *, device=None, dtype="float32", variant
         tokenizer = _with_words(CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer", local_files_only=True))
         scheduler = ddim(DDIMScheduler.load_config(folder, subfolder="scheduler", local_files_only=True))
     purifier = LatentPurifier(vae, unet, text_encoder, tokenizer, scheduler, **settings)
-    return purifier.to(device_of(device), memory_format=torch.channels_last)
+    return purifier.to(device, memory_format=torch.channels_last)
 
 
 # ---------------------------------------------------------------- classifier
@@ -511,11 +532,12 @@ def provenance(profile, defense, images):
             "commit": git.stdout.strip() if git and git.returncode == 0 else None}
 
 
-def load_defense(profile="toy", *, classifier=None, captioner=None, purifier=None, device=None):
+def load_defense(profile="toy", *, classifier=None, captioner=None, purifier=None, device=None, input_size=None):
     """The defence of a profile (a name or a `Profile`), in evaluation mode.
 
     classifier: a folder in place of the profile's, e.g. the fine-tuned one, or any callable; captioner and purifier: any
-    callable. Raises CheckpointError, or ValueError for an unknown profile.
+    callable. input_size: pixels of the side that the classifier was made for, to which all it sees is resized; None: those of
+    the profile's data set, 32, or 224 for ImageNet. Raises CheckpointError, or ValueError for an unknown profile.
     """
     from .data import classes_of
     p = profile if isinstance(profile, Profile) else get_profile(profile)
@@ -529,4 +551,6 @@ def load_defense(profile="toy", *, classifier=None, captioner=None, purifier=Non
                                   **{name: getattr(p, name) for name in LatentPurifier.SETTINGS})
     if classifier is None or isinstance(classifier, (str, Path)):
         classifier = load_classifier(str(classifier or p.classifier), device=device)
-    return LGAP(captioner, purifier, classifier, classes_of(p.dataset), 224 if p.dataset == "imagenet" else 32)
+    if input_size is None:
+        input_size = 224 if p.dataset == "imagenet" else 32
+    return LGAP(captioner, purifier, classifier, classes_of(p.dataset), input_size)

@@ -35,11 +35,36 @@ REVISIONS = {
 }
 
 
+def check_whole(name, value, least=1):
+    """Refuse anything but a whole number of at least `least`, in one sentence."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"{name}={value!r}: expected a whole number")
+    if value < least:
+        raise ValueError(f"{name}={value}: expected at least {least}")
+
+
+def check_real(name, value, example=0.5):
+    """Refuse anything but a finite number, in one sentence."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"{name}={value!r}: expected a number, e.g. {name}={example}")
+
+
+def check_guidance(scale):
+    """Refuse a guidance scale below 1, in one sentence that says what it would do."""
+    check_real("guidance_scale", scale, 5.0)
+    if scale < 1:
+        raise ValueError(f"guidance_scale={scale}: expected at least 1, which is no guidance; at 0 the caption is ignored and "
+                         "two passes are paid all the same, between 0 and 1 it counts less than without guidance, and below 0 "
+                         "images are led away from it")
+
+
 def denoising_steps(strength, num_inference_steps, time_grid):
     """How many denoising steps an image-to-image run has; CompVis's grid needs a point above the first.
 
     Raises ValueError where there is none.
     """
+    check_real("strength", strength)
+    check_whole("num_inference_steps", num_inference_steps)
     n = int(strength * num_inference_steps)     # truncates as both code bases do: int(100 * 0.29) is 28
     most = num_inference_steps - (time_grid == "compvis")
     if not 1 <= n <= most:
@@ -134,39 +159,48 @@ class Profile:
         return self.outputs / f"classifier_{self.dataset}"
 
     def __post_init__(self):
-        whole = {"num_inference_steps": 1, "size": 8, "num_beams": 1, "max_length": 2, "min_length": 0, "n_steps": 1,
-                 "finetune_epochs": 1, "finetune_batch": 1, "n_finetune": 1, "n_images": 1, "n_validation": 1,
-                 "n_eot": 1, "n_adaptive": 1, "n_eot_images": 1, "n_full": 1, "n_rivals": 1,
-                 "autoattack_block": 1, "n_draws": 1, "batch_size": 1, "seed": 0}
-        for name, least in whole.items():
+        for name, least in WHOLE.items():
+            check_whole(name, getattr(self, name), least)
+        check_guidance(self.guidance_scale)
+        for name, (low, high) in REAL.items():
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise ValueError(f"{name}={value!r}: expected a whole number")
-            if value < least:
-                raise ValueError(f"{name}={value}: expected at least {least}")
-        real = {"strength": (0, 1), "guidance_scale": (0, 100), "eps_255": (0, 255), "step_size_255": (0, 255),
-                "finetune_lr": (0, 1)}
-        for name, (low, high) in real.items():
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-                raise ValueError(f"{name}={value!r}: expected a number, e.g. {name}={getattr(type(self), name, high)}")
+            check_real(name, value, getattr(type(self), name, high))
             if not low <= value <= high:
                 raise ValueError(f"{name}={value}: expected {low} to {high}")
-        flags = ("vae_sample", "same_models", "antialias", "needs_gpu", "masked_bpda", "finetune_augment")
-        choices_of = {"dataset": ("cifar10", "cifar100", "imagenet", "toy"), "time_grid": ("compvis", "diffusers"),
-                      "vae_input": ("unit", "clip", "authors"), "eot_average": ("gradient", "logits", "vote"),
-                      "finetune_schedule": ("constant", "one_cycle", "steps"),
-                      "dtype": ("float32", "bfloat16", "float16"), "variant": ("", "fp16")} | dict.fromkeys(flags, (False, True))
-        for name, choices in choices_of.items():
+        for name, choices in CHOICES.items():
             if getattr(self, name) not in choices or type(getattr(self, name)) is not type(choices[0]):
                 raise ValueError(f"{name}={getattr(self, name)!r}: choose from {list(choices)}")
-        denoising_steps(self.strength, self.num_inference_steps, self.time_grid)
         for name in ("captioner", "diffusion", "classifier", "prompt", "negative_prompt"):
             if not isinstance(getattr(self, name), str):
                 raise ValueError(f"{name}={getattr(self, name)!r}: expected text")
         for name in ("captioner_revision", "diffusion_revision"):
             if getattr(self, name) is not None and not re.fullmatch("[0-9a-f]{40}", str(getattr(self, name))):
                 raise ValueError(f"{name}={getattr(self, name)!r}: expected a commit, 40 hexadecimal digits")
+        self._check_together()
+
+    def _check_together(self):
+        """Refuse values that cannot work, or not with each other, before a model is loaded for them."""
+        denoising_steps(self.strength, self.num_inference_steps, self.time_grid)
+        if self.size % 8:
+            raise ValueError(f"size={self.size}: expected a multiple of 8, as Stable Diffusion's autoencoder halves three times")
+        words = len(self.prompt.split())        # each of them a token at least, and two that begin and end the caption
+        if self.max_length < words + 3:
+            raise ValueError(f"max_length={self.max_length}: expected at least {words + 3}, so that after the {words} words of the "
+                             f"prompt {self.prompt!r} there is room for a caption")
+        if self.min_length > self.max_length:
+            raise ValueError(f"min_length={self.min_length}: expected at most max_length={self.max_length}")
+
+
+# What the fields may be: whole numbers of at least so much, numbers in a range, one of a few values.
+WHOLE = {"num_inference_steps": 1, "size": 8, "num_beams": 1, "max_length": 2, "min_length": 0, "n_steps": 1, "finetune_epochs": 1,
+         "finetune_batch": 1, "n_finetune": 1, "n_images": 1, "n_validation": 1, "n_eot": 1, "n_adaptive": 1, "n_eot_images": 1,
+         "n_full": 1, "n_rivals": 1, "autoattack_block": 1, "n_draws": 1, "batch_size": 1, "seed": 0}
+REAL = {"strength": (0, 1), "guidance_scale": (1, 100), "eps_255": (0, 255), "step_size_255": (0, 255), "finetune_lr": (0, 1)}
+CHOICES = {"dataset": ("cifar10", "cifar100", "imagenet", "toy"), "time_grid": ("compvis", "diffusers"),
+           "vae_input": ("unit", "clip", "authors"), "eot_average": ("gradient", "logits", "vote"),
+           "finetune_schedule": ("constant", "one_cycle", "steps"),
+           "dtype": ("float32", "bfloat16", "float16"), "variant": ("", "fp16")} | dict.fromkeys(
+               ("vae_sample", "same_models", "antialias", "needs_gpu", "masked_bpda", "finetune_augment"), (False, True))
 
 
 # A few steps lie hundreds of times apart: CompVis's grid would leave a network that is told the first step's time with the noise of the
@@ -236,10 +270,12 @@ def get_profile(name, table=None, **overrides):
 
     Another value of one of COMPARED makes `same_models` false, unless that is given too.
 
-    Raises ValueError, with the choices, for an unknown profile or field, and for a value of the wrong kind or range.
+    Raises ValueError, with the choices, for an unknown profile, table or field, and for a value of the wrong kind or range.
     """
-    if name not in PROFILES:
+    if not isinstance(name, str) or name not in PROFILES:
         raise ValueError(f"no profile {name!r}; choose from {sorted(PROFILES)}")
+    if table is not None and (type(table) is not int or not 1 <= table <= 4):
+        raise ValueError(f"no table {table!r}; choose from [1, 2, 3, 4], or None for the profile as it is")
     fields = {f.name for f in dataclasses.fields(Profile)}
     if unknown := sorted(set(overrides) - fields):
         raise ValueError(f"a profile has no field {', '.join(unknown)}; choose from {sorted(fields)}")

@@ -1,6 +1,7 @@
 """The purification is diffusers' image-to-image and DDIM's formula, batch by batch the same, and truly differentiable."""
 import contextlib
-import io
+import itertools
+import types
 import warnings
 
 import numpy as np
@@ -14,7 +15,7 @@ from PIL import Image
 from torch import nn
 
 from lgap_utils import models
-from lgap_utils.defense import LGAP, Trace, check_images, noise_schedule, read_image, resize
+from lgap_utils.defense import LGAP, Trace, check_images, noise_schedule, resize
 from lgap_utils.keyed import Keys, generator
 
 WORDS = ["a small red circle at the left of a plain blue picture", "a ring", "", "a large star in the middle of a dotted red picture"]
@@ -109,10 +110,7 @@ def test_the_caption_and_the_negative_prompt_guide(purifier, images):
         one, other = purifier(x, ["a large red star"], keys), purifier(x, ["a small blue ring"], keys)
         with purifier.using(negative_prompt="a small blue ring"):
             away = purifier(x, ["a large red star"], keys)
-        with purifier.using(guidance_scale=0):
-            blind = [purifier(x, [caption], keys) for caption in ("a large red star", "a small blue ring")]
     assert (one - other).abs().max() > 1e-3 and (one - away).abs().max() > 1e-3
-    assert torch.equal(*blind)
 
 
 def test_without_sampling_the_latent_is_the_mode(purifier, images):
@@ -337,6 +335,19 @@ def test_images_that_just_fit_are_taken():
     ({"time_grid": "ddpm"}, "no time_grid 'ddpm'"),
     ({"size": 30}, "size=30.*multiple of 4"),
     ({"guidance": 3}, "no setting guidance; choose from"),
+    ({"guidance_scale": 0}, "guidance_scale=0: expected at least 1.*at 0 the caption is ignored and two passes are paid"),
+    ({"guidance_scale": 0.5}, "guidance_scale=0.5: .*between 0 and 1 it counts less than without guidance"),
+    ({"guidance_scale": -2.0}, "guidance_scale=-2.0: .*below 0 images are led away"),
+    ({"guidance_scale": float("nan")}, "guidance_scale=nan: expected a number"),
+    ({"guidance_scale": "5"}, "guidance_scale='5': expected a number"),
+    ({"strength": float("nan")}, "strength=nan: expected a number"),
+    ({"strength": "0.5"}, "strength='0.5': expected a number"),
+    ({"num_inference_steps": 50.0}, "num_inference_steps=50.0: expected a whole number"),
+    ({"size": "32"}, "size='32': expected a whole number"),
+    ({"vae_sample": "False"}, "vae_sample='False': choose from"),
+    ({"negative_prompt": None}, "negative_prompt=None: expected text"),
+    ({"antialias": "no"}, "antialias='no': choose from"),
+    ({"checkpointing": 0}, "checkpointing=0: choose from"),
 ])
 def test_a_bad_setting_is_refused(purifier, images, settings, says):
     old = purifier.settings()
@@ -352,6 +363,50 @@ def test_a_purifier_is_not_built_with_a_bad_setting(purifier, settings):
         type(p)(p.vae, p.unet, p.text_encoder, p.tokenizer, p.scheduler, **{"size": 32, "strength": 0.5} | settings)
 
 
+NETWORKS = {
+    "inpainting": ("unet", {"in_channels": 9}, r"unet: it takes 9 channels and the VAE's latents have 4; one for inpainting \(9"),
+    "instructions": ("unet", {"in_channels": 8}, "unet: it takes 8 channels"),
+    "learned variance": ("unet", {"out_channels": 8}, "unet: it gives 8 channels"),
+    "other latents": ("vae", {"latent_channels": 16}, "unet: it takes 4 channels and the VAE's latents have 16"),
+    "wider text": ("unet", {"cross_attention_dim": 768}, "unet: it reads text of width 768 and the text encoder's is 16"),
+    "text of many widths": ("unet", {"cross_attention_dim": (16, 32)}, "unet: it reads text of width 16, 32"),
+    "projected text": ("unet", {"encoder_hid_dim_type": "text_proj", "encoder_hid_dim": 64}, "unet: it reads text of width 64"),
+    "a class": ("unet", {"class_embed_type": "timestep"}, "unet: it wants a class"),
+    "classes": ("unet", {"num_class_embeds": 1000}, "unet: it wants a class"),
+    "SDXL": ("unet", {"addition_embed_type": "text_time"}, r"unet: it wants more than one text encoder's.*'text_time'"),
+    "Kandinsky": ("unet", {"encoder_hid_dim_type": "image_proj"}, "unet: it wants more than .*'image_proj'"),
+    "shifted latents": ("vae", {"shift_factor": 0.1}, "vae: expected one of RGB images"),
+    "grey images": ("vae", {"in_channels": 1}, "vae: expected one of RGB images"),
+    "a flow": ("scheduler", {"prediction_type": "flow_prediction"}, "scheduler: no DDIM step for the prediction type 'flow_prediction'"),
+}
+
+
+@pytest.mark.parametrize("part, changes, says", NETWORKS.values(), ids=NETWORKS)
+def test_networks_that_do_not_go_together_are_refused_when_they_load(purifier, part, changes, says):
+    import copy
+    parts = {name: getattr(purifier, name) for name in ("vae", "unet", "text_encoder", "tokenizer", "scheduler")}
+    parts[part] = copy.deepcopy(parts[part])
+    parts[part].register_to_config(**changes)
+    with pytest.raises(ValueError, match=says):
+        type(purifier)(**parts, size=32, strength=0.5)
+
+
+def test_a_tokenizer_longer_than_the_text_encoder_is_refused(purifier):
+    import copy
+    p, longer = purifier, copy.deepcopy(purifier.tokenizer)
+    longer.model_max_length = int(1e30)
+    with pytest.raises(ValueError, match="tokenizer: it gives 1000000000000000019884624838656 tokens and the text encoder reads 32"):
+        type(p)(p.vae, p.unet, p.text_encoder, longer, p.scheduler, size=32, strength=0.5)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
+def test_what_ddim_can_step_with_is_taken(purifier, images, prediction_type):
+    p, scheduler = purifier, models.ddim({**STABLE_DIFFUSION, "prediction_type": prediction_type})
+    own = type(p)(p.vae, p.unet, p.text_encoder, p.tokenizer, scheduler, size=32, strength=0.02)
+    with torch.no_grad():
+        assert torch.isfinite(own(images.x[:1], ["a ring"], Keys([0]))).all()
+
+
 def test_a_step_that_truncates_counts_as_both_code_bases_count(purifier):
     assert len(noise_schedule(purifier.scheduler, 0.29, 100)[1]) == 28
     assert noise_schedule(purifier.scheduler, 1.0, 50, "diffusers")[0] == 981
@@ -364,12 +419,54 @@ def test_settings_come_back_after_a_failure(purifier):
     assert purifier.settings() == old
 
 
-@pytest.mark.parametrize("wrong, error", [(["one"], ValueError), ("ab", TypeError), ([1, 2], TypeError), (["a", None], TypeError)])
+@pytest.mark.parametrize("wrong, error", [
+    (["one"], ValueError), ("ab", TypeError), ([1, 2], TypeError), (["a", None], TypeError), (["a", "b", "c"], ValueError),
+    ({"a", "b"}, TypeError), ({"a": 1, "b": 2}, TypeError), (7, TypeError), (b"ab", TypeError), ([["a"], ["b"]], TypeError),
+    (itertools.repeat("a"), ValueError), (np.zeros(2), TypeError)],
+    ids=["too few", "a string", "numbers", "None", "too many", "a set", "a dict", "a number", "bytes", "lists", "endless", "an array"])
 def test_captions_are_one_string_per_image(defense, images, wrong, error):
     with pytest.raises(error, match="captions: "):
         defense.purify(images.x[:2], wrong)
     with pytest.raises(error, match="captions: "):
         LGAP(lambda x: wrong, defense.purifier, defense.classifier).caption(images.x[:2])
+
+
+@pytest.mark.parametrize("answer", [["a", "b"], ("a", "b"), (c for c in "ab"), map(str.lower, "AB"), np.array(["a", "b"])],
+                         ids=["list", "tuple", "generator", "map", "array"])
+def test_captions_come_in_whatever_has_an_order(images, answer):
+    assert LGAP(lambda x: answer, None, None).caption(images.x[:2]) == ["a", "b"]
+
+
+def test_a_captioner_that_answers_nothing_is_refused(images):
+    with pytest.raises(TypeError, match="captions: expected a list of strings, one per image, got NoneType"):
+        LGAP(lambda x: None, pale, None)(images.x[:2])
+
+
+CALLABLES = {
+    "no callable": ("blip-base", TypeError, "expected a callable, got str"), "None": (None, TypeError, "expected a callable, got NoneType"),
+    "no arguments": (lambda: "", TypeError, r"expected a callable of \(x.*\), this one takes \(\)"),
+    "too many": (lambda a, b, c, d, e: "", TypeError, r"expected a callable of \(x.*\), this one takes \(a, b, c, d, e\)"),
+}
+
+
+@pytest.mark.parametrize("role", ["captioner", "purifier", "classifier"])
+@pytest.mark.parametrize("part, error, says", CALLABLES.values(), ids=CALLABLES)
+def test_a_part_that_cannot_be_called_as_it_will_be_is_refused(images, role, part, error, says):
+    parts = {"captioner": lambda x: [""] * len(x), "purifier": pale, "classifier": lambda x: x.flatten(1)} | {role: part}
+    with pytest.raises(error, match=f"{role}: {says}"):
+        LGAP(**parts)(images.x[:2])
+
+
+def test_a_purifier_that_cannot_be_traced_says_so(images):
+    defense = LGAP(lambda x: [""], pale, lambda x: x.flatten(1))
+    assert defense.purify_one(images.x[0]).trace is None
+    with pytest.raises(TypeError, match=r"purifier: expected a callable of \(x, captions, keys, trace\), this one takes \(x, capt"):
+        defense.purify_one(images.x[0], with_trace=True)
+
+
+def test_keys_are_keys(images):
+    with pytest.raises(TypeError, match="keys: expected keyed.Keys, got list"):
+        LGAP(None, pale, None).purify(images.x[:2], ["", ""], [0, 1])
 
 
 def test_keys_are_one_per_image(defense, images):
@@ -429,12 +526,66 @@ def test_a_classifier_in_training_mode_is_caught(images):
         defense(images.x)
 
 
+@pytest.mark.parametrize("role", ["captioner", "purifier", "classifier"])
+@pytest.mark.parametrize("inner, says", [(nn.Dropout(), r"its `1.0` \(Dropout\) is in training mode"),
+                                         (nn.BatchNorm2d(3), r"its `1.0` \(BatchNorm2d\) is in training mode"),
+                                         (nn.BatchNorm2d(3, track_running_stats=False), r"its `1.0` \(BatchNorm2d\) keeps no running")],
+                         ids=["dropout", "batch norm", "no statistics"])
+def test_a_part_of_a_part_in_training_mode_is_caught_by_name(images, role, inner, says):
+    class Part(nn.Sequential):
+        def forward(self, x, captions=None, keys=None):
+            return {"captioner": ["" for _ in x], "purifier": super().forward(x), "classifier": super().forward(x).flatten(1)}[role]
+
+    parts = {"captioner": lambda x: [""] * len(x), "purifier": pale, "classifier": lambda x: x.flatten(1)}
+    defense = LGAP(**parts | {role: Part(nn.Identity(), nn.Sequential(inner))})
+    if getattr(inner, "track_running_stats", True):
+        defense(images.x[:2])                                  # LGAP switched it to evaluation
+        inner.train()
+    with pytest.raises(ValueError, match=f"{role}: {says}"):
+        defense(images.x[:2])
+
+
+def test_the_bundled_parts_are_in_evaluation_mode_and_caught_when_they_are_not(defense, images):
+    import copy
+    own = copy.deepcopy(defense)
+    own.purifier.unet.mid_block.train()
+    with pytest.raises(ValueError, match="purifier: its `unet.mid_block` .* is in training mode"):
+        own.purify(images.x[:1], [""])
+
+
+def test_a_classifier_may_answer_as_those_of_transformers_do(images):
+    from transformers.modeling_outputs import ImageClassifierOutput
+    logits = uniform(3, 10) * 8 - 4
+    defense = LGAP(None, pale, lambda x: ImageClassifierOutput(logits=logits), images.classes)
+    assert torch.equal(defense(images.x[:3], ["", "", ""]), logits)
+
+
+@pytest.mark.parametrize("output, says", [
+    (None, "NoneType"), ((torch.zeros(3, 10), None), "tuple"), (np.zeros((3, 10), np.float32), "ndarray"), ([1, 2, 3], "list"),
+    ({"logits": torch.zeros(3, 10)}, "dict"), (types.SimpleNamespace(logits=None), "NoneType"), (torch.zeros(3, 10).long(), "torch.int64"),
+], ids=["None", "tuple", "numpy", "list", "dict", "no logits", "whole numbers"])
+def test_an_answer_of_the_classifier_that_is_no_tensor_is_refused(images, output, says):
+    with pytest.raises(TypeError, match=rf"classifier: its output is {says}, expected logits \[3, 10\] as a tensor of floats"):
+        LGAP(None, pale, lambda x: output, images.classes)(images.x[:3], ["", "", ""])
+
+
+def test_the_image_whose_logits_are_not_finite_is_named(images):
+    logits = torch.zeros(3, 10)
+    logits[1, 4] = float("nan")
+    defense = LGAP(None, pale, lambda x: logits)
+    with pytest.raises(ValueError, match=r"classifier: its output for image 1 of 3 holds NaN or inf \(key \(7, 41, 'defence', 0, 0\)\)"):
+        defense(images.x[:3], ["", "", ""], Keys([40, 41, 42], seed=7))
+    with pytest.raises(ValueError, match="image 1 of 3 holds NaN or inf$"):
+        defense.classify(images.x[:3])
+
+
 @pytest.mark.parametrize("output, says", [
     (torch.zeros(3, 7), r"\[3, 7\], expected \[3, 10\]"),
     (torch.zeros(3), r"\[3\], expected \[3, 10\]"),
+    (torch.zeros(3, 10, 1), r"\[3, 10, 1\], expected \[3, 10\]"),
     (torch.zeros(1, 10), r"\[1, 10\], expected \[3, 10\]"),
     (torch.full((3, 10), float("nan")), "NaN"),
-], ids=["wrong classes", "no classes", "one row for all", "NaN"])
+], ids=["wrong classes", "no classes", "three dimensions", "one row for all", "NaN"])
 def test_a_wrong_answer_of_the_classifier_is_caught(images, output, says):
     with pytest.raises(ValueError, match=f"classifier: .*{says}"):
         LGAP(None, pale, lambda x: output, images.classes)(images.x[:3], ["", "", ""])
@@ -456,23 +607,77 @@ def test_a_purified_image_that_is_not_finite_is_named(images):
         LGAP(None, broken, None).purify(images.x[:3], ["", "", ""], Keys([40, 41, 42]))
 
 
-def test_a_purifier_of_another_range_is_warned_of(images):
-    with pytest.warns(UserWarning, match=r"purifier: its output goes down to -1.00 and looks like an image in \[-1, 1\]"):
-        LGAP(None, lambda x, captions, keys: 2 * (x - x.amin()) - 1, None).purify(images.x[:1], [""])
+def darkened(image):
+    """The image with a corner well below black: 64 of its 1024 pixels."""
+    image = image.clone()
+    image[:, :8, :8] = -0.4
+    return image
 
 
-# ---------------------------------------------------------------- one image from anywhere
+PURIFIERS = {
+    "-1 to 1": (lambda x, captions, keys: 2 * (x - x.amin()) - 1, r"image 1 of 2 is not in \[0, 1\].*looks like an image in \[-1, 1\]"),
+    "0 to 255": (lambda x, captions, keys: 255 * x, r"span \[.*\] \(key .*; it looks like an image in \[0, 255\], divide by 255"),
+    "twice": (lambda x, captions, keys: 2 * x, "image 0 of 2 is not in .*clamp or rescale it"),
+    "one of two": (lambda x, captions, keys: x * torch.tensor([1, -1]).view(2, 1, 1, 1), r"image 1 of 2 .* \(key \(0, 41"),
+    "-1 to 1, noise": (lambda x, captions, keys: 2 * uniform(*x.shape) - 1, r"looks like an image in \[-1, 1\]"),
+    "twice, noise": (lambda x, captions, keys: 2 * uniform(*x.shape), "clamp or rescale it"),
+    "a dark corner": (lambda x, captions, keys: x.index_put((torch.tensor(1),), darkened(x[1])), r"image 1 of 2 .*in \[-1, 1\]"),
+    "normalised": (lambda x, captions, keys: (x - 0.5) / 0.2, "not in"),
+    "another shape": (lambda x, captions, keys: x[:1], r"its output is \[1, 3, 32, 32\], expected \[2, 3, 32, 32\]"),
+    "channels last": (lambda x, captions, keys: x.permute(0, 2, 3, 1), r"its output is \[2, 32, 32, 3\]"),
+    "None": (lambda x, captions, keys: None, "its output is NoneType, expected .* a tensor of floats"),
+    "numpy": (lambda x, captions, keys: x.numpy(), "its output is ndarray, expected .* a tensor of floats"),
+    "a tuple": (lambda x, captions, keys: (x, captions), "its output is tuple, expected"),
+    "uint8": (lambda x, captions, keys: (255 * x).byte(), "its output is torch.uint8, expected"),
+    "bool": (lambda x, captions, keys: x > 0.5, "its output is torch.bool, expected"),
+}
 
-def test_one_image_may_come_as_a_path_an_array_or_an_image(images, tmp_path):
-    x = images.x[0]
-    pixels = images.pixels[0].permute(1, 2, 0).numpy()
-    Image.fromarray(pixels).save(tmp_path / "x.png")
-    for source in (tmp_path / "x.png", str(tmp_path / "x.png"), Image.fromarray(pixels), pixels, pixels / np.float32(255),
-                   pixels / 255, x, io.BytesIO((tmp_path / "x.png").read_bytes())):
-        assert torch.allclose(read_image(source), x, atol=1e-7)
-    grey = read_image(Image.fromarray(pixels).convert("L"))
-    assert grey.shape == (3, 32, 32) and torch.equal(grey[0], grey[1])
 
+@pytest.mark.parametrize("purifier, says", PURIFIERS.values(), ids=PURIFIERS)
+def test_an_answer_of_the_purifier_that_is_no_image_is_refused(images, purifier, says):
+    with pytest.raises((TypeError, ValueError), match=f"purifier: .*{says}"):
+        LGAP(None, purifier, None).purify(images.x[:2], ["", ""], Keys([40, 41]))
+
+
+@pytest.mark.parametrize("sigma", [0.1, 0.25])
+@pytest.mark.parametrize("value", [0.0, 0.5, 1.0])
+def test_noise_around_an_image_passes(value, sigma):
+    x = torch.full((1, 3, 224, 224), value)
+    noisy = x + sigma * torch.randn(x.shape, generator=generator("noise"))
+    assert torch.equal(LGAP(None, lambda x, captions, keys: noisy, None).purify(x, [""]), noisy)
+
+
+@pytest.mark.parametrize("x, says", [
+    (np.zeros((1, 3, 8, 8), np.float32), "got ndarray"), ((255 * uniform(1, 3, 8, 8)).byte(), "got torch.uint8"),
+    (255 * uniform(1, 3, 8, 8), "divide by 255"), (2 * uniform(1, 3, 8, 8) - 1, r"\[-1, 1\]"), (uniform(3, 8, 8), r"\[3, 8, 8\]")])
+def test_a_classifier_is_shown_images_alone(x, says):
+    """A classifier takes them as they are: of another range they would be answered all the same, and wrongly."""
+    with pytest.raises((TypeError, ValueError), match=f"images: .*{says}"):
+        LGAP(None, None, lambda x: pytest.fail("it was asked")).classify(x)
+
+
+@pytest.mark.parametrize("draws", [1, 2])
+def test_a_part_that_works_in_place_spoils_nothing_for_others(images, draws):
+    x, keys = images.x[:2].requires_grad_(), Keys([0, 1]).at([0, 0], draws)
+    before = x.detach().clone()
+    defense = LGAP(lambda x: ["a ring"] * len(x.mul_(0)), lambda x, captions, keys: x.mul_(0.5).add_(0.25),
+                   lambda x: x.sub_(0.5).flatten(1)[:, :10])
+    y = x * 1                                    # no leaf: in place would be allowed
+    assert defense.caption(y) == ["a ring"] * 2
+    purified = defense.purify(y, None, keys)
+    shown = purified.detach().clone()
+    logits = defense.classify(purified)
+    assert torch.equal(y, before) and torch.equal(purified, shown)
+    assert torch.equal(purified, (before * 0.5 + 0.25).repeat_interleave(draws, 0))
+    slope = torch.autograd.grad(logits.sum(), x)[0]
+    assert torch.equal(slope.flatten(1)[:, :10], torch.full((2, 10), 0.5 * draws)) and not slope.flatten(1)[:, 10:].any()
+    with torch.no_grad():
+        plain = images.x[:2]
+        defense(plain)
+        assert torch.equal(plain, before)
+
+
+# ---------------------------------------------------------------- one image from anywhere (how it is read: test_images_in.py)
 
 def test_purify_one_is_the_defence_on_a_batch_of_one(defense, images):
     with torch.no_grad(), defense.purifier.using(strength=0.1):
@@ -481,27 +686,6 @@ def test_purify_one_is_the_defence_on_a_batch_of_one(defense, images):
         assert torch.equal(one.image, defense.purify(x, [one.caption], Keys.of_content(x, 4))[0])
         assert torch.equal(one.logits, defense.classify(one.image[None])[0])
     assert one.label == one.logits.argmax() and len(one.trace.latents) == 6
-
-
-def test_a_file_that_is_no_image_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="none.png: no such image file"):
-        read_image(tmp_path / "none.png")
-    (tmp_path / "page.png").write_text("<html>Not found</html>")
-    with pytest.raises(ValueError, match="page.png: not an image"):
-        read_image(tmp_path / "page.png")
-    Image.fromarray(np.arange(64 * 64 * 3, dtype=np.uint8).reshape(64, 64, 3)).save(tmp_path / "half.png")
-    whole = (tmp_path / "half.png").read_bytes()
-    (tmp_path / "half.png").write_bytes(whole[:len(whole) // 2])
-    with pytest.raises(ValueError, match="half.png"):
-        read_image(tmp_path / "half.png")
-
-
-@pytest.mark.parametrize("array, says", [
-    (np.zeros((8, 8), np.uint8), "height, width, 3"), (np.full((8, 8, 3), 200.0), r"expected \[0, 1\]"),
-    (np.full((8, 8, 3), 7), r"expected \[0, 1\]")], ids=["grey", "0 to 255 as floats", "0 to 255 as int64"])
-def test_a_wrong_array_is_refused(array, says):
-    with pytest.raises(ValueError, match=says):
-        read_image(array)
 
 
 def test_an_image_of_any_size_goes_through_the_bundled_defence(tmp_path):

@@ -3,9 +3,12 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import pickle
 import shutil
 import socket
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -375,16 +378,97 @@ def test_without_a_gpu_a_profile_that_needs_one_says_so(profile, monkeypatch):
         models.load_defense(needing)
     monkeypatch.setenv("LGAP_DEVICE", "cpu")
     assert models.load_defense(needing).classes
-    for name, words in (("cuda", "torch finds no GPU here"), ("gpu", "no such kind; expected cpu, cuda"),
-                        ("meta", "expected cpu or one of 0 GPUs")):
+    for name, words in (("cuda", "torch finds no GPU here; unset LGAP_DEVICE, or set it to cpu"),
+                        ("meta", "torch finds no meta device here"),
+                        ("gpu", "no such kind; expected cpu, cuda, cuda:0 or another that torch has")):
         monkeypatch.setenv("LGAP_DEVICE", name)
         with pytest.raises(ValueError, match=f"device '{name}': {words}"):
             models.device_of()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert models.device_of("cuda:0") == torch.device("cuda:0")
-    with pytest.raises(ValueError, match="device 'cuda:1': expected cpu or one of 1 GPUs"):
+    with pytest.raises(ValueError, match="device 'cuda:1': torch finds 1 of this kind here"):
         models.device_of("cuda:1")
+
+
+@pytest.mark.parametrize("kind", ["mps", "xpu"])
+def test_any_device_of_torch_is_taken_where_it_is_there(monkeypatch, kind):
+    with pytest.raises(ValueError, match=f"device '{kind}': torch finds no {kind} device here; unset LGAP_DEVICE, or set it to cpu"):
+        models.device_of(kind)
+    module = getattr(torch, kind)
+    monkeypatch.setattr(module, "is_available", lambda: True)
+    monkeypatch.setattr(module, "device_count", lambda: 1)
+    monkeypatch.setenv("LGAP_DEVICE", kind)
+    assert models.device_of() == torch.device(kind)
+    with pytest.raises(ValueError, match=f"device '{kind}:3': torch finds 1 of this kind here"):
+        models.device_of(f"{kind}:3")
+    with pytest.raises(ValueError, match="device '0': no such kind"):
+        models.device_of(0)                                 # and not what LGAP_DEVICE says
+
+
+def test_a_device_without_double_precision_and_bfloat16_purifies():
+    """tests/pretended.py: an operation that mixes it with the CPU, or makes such a tensor there, is refused."""
+    env = {**os.environ, "LGAP_DEVICE": "pretended", "PYTHONPATH": str(Path(__file__).parents[1])}
+    run = subprocess.run([sys.executable, Path(__file__).with_name("pretended.py")], capture_output=True, text=True, check=False,
+                         timeout=500, env=env)
+    assert run.returncode == 0, run.stderr
+    refused, none, end = run.stdout.strip().splitlines()
+    assert refused == ("device 'pretended': it does not compute in bfloat16 (the pretended device has no torch.bfloat16); "
+                       "set dtype=float32, or another device")
+    assert none == "the pretended device has no torch.float64" and end == "purified"
+
+
+def test_the_cpu_computes_in_what_a_profile_may_have():
+    for dtype in ("float32", "bfloat16", "float16"):
+        assert models.device_of("cpu", dtype) == torch.device("cpu")
+
+
+def test_a_classifier_sees_images_of_the_size_it_was_made_for(profile, defense, images):
+    seen, parts = [], {"captioner": defense.captioner, "purifier": lambda x, captions, keys: x}
+
+    def classifier(classes):
+        return lambda x: seen.append(tuple(x.shape[2:])) or x.flatten(1)[:, :classes]
+
+    for input_size in (None, 224, 48):
+        models.load_defense(profile, **parts, classifier=classifier(10), input_size=input_size)(images.x[:1], [""])
+    imagenet = dataclasses.replace(profile, dataset="imagenet")
+    models.load_defense(imagenet, **parts, classifier=classifier(1000))(images.x[:1], [""])
+    assert seen == [(32, 32), (224, 224), (48, 48), (224, 224)]
+    for wrong in (0, "224", 224.0, (224, 224), True):
+        with pytest.raises(ValueError, match="input_size="):
+            models.load_defense(profile, **parts, classifier=classifier(10), input_size=wrong)
+
+
+@pytest.mark.parametrize("table", ["2", 5, 0, -1, True, 2.0, [2]])
+def test_a_table_that_the_paper_has_not_is_refused(table):
+    with pytest.raises(ValueError, match=r"no table .*; choose from \[1, 2, 3, 4\]"):
+        get_profile("paper", table)
+
+
+def test_every_table_of_the_paper_is_there():
+    found = [get_profile("paper", table).dataset for table in (None, 1, 2, 3, 4)]
+    assert found == ["cifar10", "cifar10", "cifar100", "cifar10", "imagenet"]
+
+
+@pytest.mark.parametrize("settings, says", [
+    ({"size": 33}, "size=33: expected a multiple of 8"), ({"size": 36}, "size=36: expected a multiple of 8"),
+    ({"max_length": 4}, "max_length=4: expected at least 6, so that after the 3 words of the prompt 'a picture of'"),
+    ({"max_length": 5}, "max_length=5: expected at least 6"), ({"prompt": "a " * 30}, "max_length=20: expected at least 33"),
+    ({"min_length": 21}, "min_length=21: expected at most max_length=20"),
+    ({"guidance_scale": 0}, "guidance_scale=0: expected at least 1.*at 0 the caption is ignored and two passes are paid"),
+    ({"guidance_scale": 0.9}, "guidance_scale=0.9: .*between 0 and 1 it counts less"), ({"guidance_scale": 101}, "expected 1 to 100"),
+    ({"guidance_scale": True}, "guidance_scale=True: expected a number"),
+])
+def test_settings_that_cannot_work_are_refused_before_anything_starts(settings, says):
+    with pytest.raises(ValueError, match=says):
+        get_profile("toy", **settings)
+
+
+@pytest.mark.parametrize("settings", [{"size": 40}, {"max_length": 6}, {"max_length": 3, "prompt": "", "min_length": 3},
+                                      {"guidance_scale": 1}, {"guidance_scale": 100.0}, {"min_length": 20}])
+def test_settings_at_their_bounds_are_taken(settings):
+    profile = get_profile("toy", **settings)
+    assert {name: getattr(profile, name) for name in settings} == settings
 
 
 @pytest.mark.parametrize("loader, part, file", [(models.load_captioner, "captioner", "tokenizer.json"),
