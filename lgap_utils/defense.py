@@ -312,6 +312,11 @@ def check_range(x, whose, keys=None):
     raise ValueError(f"{whose}{image} is not in [0, 1], values span [{low:.3g}, {high:.3g}]{key}; {hint}")
 
 
+def look_like_softmax(logits):
+    """Whether logits [n, classes] look like probabilities, on which gradient attacks are weaker than they should be."""
+    return bool((logits >= 0).all() and ((logits.sum(1) - 1).abs() < 1e-4).all())
+
+
 def _first(bad, keys):
     """("image 1 of 3", " (key ...)") for the first that is marked in `bad` [n]; without keys ""."""
     first = int(bad.nonzero()[0])
@@ -432,7 +437,7 @@ class LGAP(nn.Module):
         if (bad := ~torch.isfinite(values).all(1)).any():
             image, key = _first(bad, keys)
             raise ValueError(f"classifier: its output for {image} holds NaN or inf{key}")
-        if (values >= 0).all() and torch.allclose(values.sum(1), torch.ones(len(values), device=values.device), atol=1e-4):
+        if look_like_softmax(values):
             warnings.warn("classifier: its outputs look like softmax probabilities; logits were expected, and gradient "
                           "attacks on probabilities are weaker than they should be")
         return logits

@@ -11,9 +11,10 @@ import torch
 from tqdm.auto import tqdm
 
 from .attacks import NATURAL, Attack, Record, blocks, check_counts, gradient
-from .defense import LGAP, METHOD, check_images
+from .defense import LGAP, METHOD, look_like_softmax
 from .files import one_writer
 from .identity import digest, identity, unnamed_in
+from .images import check_images
 from .keyed import Keys
 from .memory import Room, in_parts
 from .rows import Rows, known_images
@@ -48,6 +49,9 @@ def slug(name):
 
 
 # ---------------------------------------------------------------- attacks, scored
+
+
+SOFTMAX = "logits look like softmax probabilities"         # a flag of rows
 
 
 class Evaluation:
@@ -157,11 +161,12 @@ class Evaluation:
         scored = {name: self.score(defense, adv, indices) for name, defense in self.defenses.items()}
         each = (time.perf_counter() - began) / n
         out = []
-        for name, (captions, predictions) in scored.items():
+        for name, (captions, predictions, flag) in scored.items():
             for k, index in enumerate(indices.tolist()):
+                flags = "; ".join(filter(None, (record.flags[k], flag)))
                 row = {"index": index, "image": self.known[index][0], "label": int(y[k]), "defence": name}
                 found = {"caption": captions[k], "linf": float(linf[k]), "inside": bool(inside[k]), "broke_at": int(record.broke_at[k]),
-                         "bad_gradients": int(record.bad_gradients[k]), "flags": record.flags[k], "seconds": each}
+                         "bad_gradients": int(record.bad_gradients[k]), "flags": flags, "seconds": each}
                 out += [{**row, "draw": draw, "adversarial": label, **found} for draw, label in enumerate(predictions[k])]
         return out
 
@@ -178,8 +183,8 @@ class Evaluation:
 
     @torch.no_grad()
     def score(self, defense, x, indices):
-        """(captions, labels predicted [n][draws]) of images under a defence; one caption per image, one label per draw."""
-        n_draws = self.draws_of(defense)
+        """(captions, labels predicted [n][draws], "" or a flag) of images under a defence; one caption an image, one label a draw."""
+        n_draws, probabilities = self.draws_of(defense), []
 
         def part(p):
             said, keys = defense.caption(x[p]), Keys(indices[p], self.seed).at([0] * len(x[p]), n_draws)
@@ -187,10 +192,11 @@ class Evaluation:
                 logits = defense(x[p], said, keys)
             else:                                                       # the draws of a single image may be taken apart, too
                 logits = torch.cat(in_parts(lambda d: defense(x[p], said, keys[d]), n_draws, self.room))
+            probabilities.append(look_like_softmax(logits.float()))
             return said, logits.argmax(1).view(len(x[p]), n_draws).tolist()
 
         captions, labels = zip(*in_parts(part, len(x), self.room, n_draws))
-        return sum(captions, []), sum(labels, [])
+        return sum(captions, []), sum(labels, []), SOFTMAX if all(probabilities) else ""
 
     def plan(self, attack, n):
         """What running `attack` on n images will take: {"text", "purifications", "seconds", "cost" (purifications per image)}."""

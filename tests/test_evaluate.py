@@ -142,6 +142,15 @@ def test_an_attack_that_gives_no_images_is_named(tmp_path, answer, says):
         evaluation(tmp_path).run(Wrong("wrong"))
 
 
+@pytest.mark.filterwarnings("ignore:classifier. its outputs look like softmax")
+def test_rows_of_a_classifier_that_answers_with_probabilities_are_flagged(tmp_path):
+    soft = named(lambda x: net(x).softmax(1), "softmax")
+    run = Evaluation({"soft": LGAP(words, baselines.nothing(), soft), "plain": LGAP(words, baselines.nothing(), net)},
+                     some_images(), tmp_path, config={})
+    flags = run.run(ATTACK).groupby("defence")["flags"].unique()
+    assert list(flags["soft"]) == [evaluate.SOFTMAX] and list(flags["plain"]) == [""]
+
+
 @pytest.mark.parametrize("n_draws", [0, -1, 2.0, True])
 def test_a_number_of_draws_that_is_none_is_refused(tmp_path, n_draws):
     with pytest.raises(ValueError, match="n_draws=.*: expected a whole number of at least 1"):
