@@ -82,13 +82,6 @@ def test_pgd_is_that_of_foolbox_from_the_same_start(conv, images, monkeypatch, r
     assert n_steps == 1 or ((found - x).abs() > eps - 1e-6).float().mean() > 0.3        # the projection was needed
 
 
-def test_pgd_is_that_of_torchattacks(conv, images):
-    torchattacks = pytest.importorskip("torchattacks", reason="no dependency: it installs an old `autoattack` beside it")
-    x, y = images.x, conv(images.x).argmax(1)
-    expected = torchattacks.PGD(conv, eps=8 / 255, alpha=2 / 255, steps=10, random_start=False)(x, y)
-    assert torch.allclose(pgd(conv, x, y, eps=8 / 255, step_size=2 / 255, n_steps=10), expected, rtol=0, atol=1e-6)
-
-
 # ---------------------------------------------------------------- views
 
 @pytest.mark.parametrize("n_eot", [1, 3])
