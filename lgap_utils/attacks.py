@@ -422,7 +422,7 @@ def _library(model, y, version, attacks, n_steps, **settings):
 
     def ask(x):
         logits = model(x.clone())                       # a copy, as the model may work in place
-        check_logits(logits, len(x), y, NEEDS[pickiest], f"AutoAttack's {pickiest!r} (of {library.attacks_to_run})")
+        check_logits(logits, len(x), y, NEEDS[pickiest], f"AutoAttack's {pickiest!r} ('apgd-ce' and 'square', by version='custom', need 2)")
         # the targeted parts take all other classes, nine at most
         library.apgd_targeted.n_target_classes = library.fab.n_target_classes = min(9, logits.shape[1] - 1)
         return logits
