@@ -2,6 +2,7 @@
 
 An optimiser knows only a model, a callable from images in [0, 1] to logits; so any model and any view fit any optimiser.
 A view of a random defence is a `View`: it is also told the keys of the noise to draw, any number of them for an image.
+Models and views are `nn.Module`s in evaluation mode, so the attacks of other libraries take `blind(defense)` and a `Query`, too.
 `Attack` is one cell of the grid with all its numbers, and `ATTACKS` holds those of the paper's tables by name.
 """
 from __future__ import annotations
@@ -14,29 +15,49 @@ import logging
 import math
 import sys
 from dataclasses import dataclass, field
+from numbers import Real
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from .defense import check_images
-from .keyed import seed_of
+from .keyed import Keys, seed_of
 from .memory import Room, in_parts, ran_out
 
 # ---------------------------------------------------------------- views: what the attacker sees
 
 
-def blind(defense, captions=None):
+class Frozen(nn.Module):
+    """A module that stays in evaluation mode with all it holds: a library that calls `train()` changes nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.training = False
+
+    def train(self, mode=True):
+        return self
+
+
+class blind(Frozen):  # noqa: N801 - views are named like functions, as they are used
     """Preprocessor-blind view (paper section 4.1): the attacker sees the classifier and knows of no purification."""
-    return defense.classify
+
+    def __init__(self, defense, captions=None):
+        super().__init__()
+        self.defense = defense
+
+    def forward(self, x):
+        return self.defense.classify(x)
 
 
-class View:
+class View(Frozen):
     """The whole defence as a model of images *and* keys: view(x, keys) -> logits [len(keys), classes], image after image.
 
     captions: {image index: text}, which freezes them; None takes them anew at every call, from the images as they are.
     """
 
     def __init__(self, defense, captions=None):
+        super().__init__()
         self.defense, self.captions = defense, captions
 
     def purify(self, x, keys):
@@ -45,18 +66,20 @@ class View:
         return self.defense.purify(x, captions, keys)
 
     def captioned(self, x, indices):
-        """This view, its captions frozen to those of x as it is."""
-        frozen = copy.copy(self)
-        frozen.captions = dict(zip(indices, self.defense.caption(x)))
+        """This view, its captions frozen to those of x as it is. Raises ValueError where two images share an index, but no caption."""
+        frozen, captions = copy.copy(self), self.defense.caption(x.clone())
+        frozen.captions = dict(zip(indices, captions))
+        if [frozen.captions[index] for index in indices] != captions:
+            raise ValueError("keys: two images have the same index and different captions; expected an index of its own for each")
         return frozen
 
 
-class bpda(View):  # noqa: N801 - views are named like functions, as they are used
+class bpda(View):  # noqa: N801
     """BPDA view (Athalye et al. 2018): exact forward pass; backward as if purification were the identity."""
 
-    def __call__(self, x, keys):
+    def forward(self, x, keys):
         with torch.no_grad():
-            purified = self.purify(x, keys)
+            purified = self.purify(x.detach().clone(), keys)    # of its own: a purifier may hand back what it was given
         x = x.repeat_interleave(len(keys) // len(x), 0)
         return self.defense.classify(purified + (x - x.detach()))      # adds exactly 0, and x's gradient
 
@@ -67,7 +90,7 @@ class full(View):  # noqa: N801
     The caption is a choice of words and has no gradient; it is frozen, or chosen anew at every step.
     """
 
-    def __call__(self, x, keys):
+    def forward(self, x, keys):
         return self.defense.classify(self.purify(x, keys))
 
 
@@ -85,11 +108,14 @@ class Record:
 
 
 def check_numbers(most, **numbers):
-    """Refuse a radius or step that is no number in [0, most]."""
+    """Refuse a radius or step that is no number in [0, most]; a step may be 0 only where the radius is."""
+    unit = "in units of the image, e.g. 8/255" if most == 1 else "in 1/255, e.g. 8"
     for name, value in numbers.items():
-        if isinstance(value, (str, bool)) or not math.isfinite(value) or not 0 <= value <= most:
-            unit = "in units of the image, e.g. 8/255" if most == 1 else "in 1/255, e.g. 8"
+        if not isinstance(value, Real) or isinstance(value, bool) or not 0 <= value <= most:        # NaN fails, too
             raise ValueError(f"{name}={value!r}: expected a number in [0, {most}], {unit}")
+    for name, value in numbers.items():
+        if value == 0 and any(numbers.values()) and name.startswith("step"):
+            raise ValueError(f"{name}={value!r}: no image would move; expected a number above 0, {unit}")
 
 
 def check_counts(**counts):
@@ -97,6 +123,34 @@ def check_counts(**counts):
     for name, value in counts.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name}={value!r}: expected a whole number of at least 1")
+
+
+def check_flags(**flags):
+    """Refuse a flag that is neither True nor False: "False", as any other text, would count as True."""
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise ValueError(f"{name}={value!r}: expected True or False")
+
+
+def check_keys(keys, n):
+    """Refuse what is not one key per image."""
+    if keys is not None and not isinstance(keys, Keys):
+        raise TypeError(f"keys: expected `Keys`, one for each image, got {type(keys).__name__}")
+    if len(keys or ()) != n:
+        raise ValueError(f"keys: got {len(keys or ())} for {n} images, expected one each")
+
+
+def check_logits(logits, n, y, least=2, needed_by="an attack"):
+    """Refuse logits that are not [n, classes], or have fewer than `least` classes, and labels y that are none of them."""
+    if not isinstance(logits, torch.Tensor) or logits.ndim != 2 or len(logits) != n:
+        found = list(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+        raise ValueError(f"model: its output is {found}, expected a tensor of logits [{n}, classes]")
+    classes = logits.shape[1]
+    if classes < least:
+        raise ValueError(f"model: its logits are of {classes} classes, and {needed_by} needs at least {least}")
+    if (bad := (y < 0) | (y >= classes)).any():
+        first = int(bad.nonzero()[0])
+        raise ValueError(f"labels: image {first} of {len(y)} has label {int(y[first])}, and the model's classes are 0 to {classes - 1}")
 
 
 def check_labels(y, n):
@@ -119,29 +173,18 @@ def pgd(model, x, y, *, eps, step_size, n_steps, keys=None, random_start=True, n
     the attacker sees misclassified, and returned as it is there; else the last iterate counts. n_restarts: an image that
     stands at the end begins anew. masked_by: another model; an image that it mislabels is not moved, as in the authors' BPDA, where
     it is the classifier without purification. batch_size: draws per call of the model, a number or a `Room`; no result depends on it.
-    progress(n): called with the number of steps done. Raises TypeError or ValueError for what cannot be meant.
+    progress(n): called with the number of steps done. Raises TypeError or ValueError for what cannot be meant. x and y are left as they
+    are, whatever the model does to the copies that it is given.
 
     Images do not march in step: each has its own step number, so one that leaves makes room for the next.
     """
-    check_images(x)
-    check_labels(y, len(x))
-    check_numbers(1, eps=eps, step_size=step_size)
     room = Room.of(batch_size)
+    _check_batch(model, x, y, keys, average)
+    check_numbers(1, eps=eps, step_size=step_size)
     check_counts(n_steps=n_steps, n_eot=n_eot, n_restarts=n_restarts, batch_size=room.size)
-    if average not in AVERAGES:
-        raise ValueError(f"no average {average!r}; choose from {list(AVERAGES)}")
-    if keys is None and isinstance(model, View):
-        raise ValueError("keys: a view of a random defence draws noise; expected one key per image")
-    if keys is not None and len(keys) != len(x):
-        raise ValueError(f"keys: got {len(keys)} for {len(x)} images, expected one each")
-
-    def start(rows, restart):
-        if keys is None or not random_start:
-            return x[rows]
-        noise = keys[rows].at([restart] * len(rows)).uniform(x.shape[1:], "start").to(x)
-        return (x[rows] + eps * (2 * noise - 1)).clamp(0, 1)
-
-    adv, step, restart = start(range(len(x)), 0).clone(), [0] * len(x), [0] * len(x)
+    check_flags(random_start=random_start, any_step=any_step, known_noise=known_noise)
+    start_keys = keys if random_start else None
+    adv, step, restart = _start(x, eps, start_keys), [0] * len(x), [0] * len(x)
     broke_at, bad_gradients = [-1] * len(x), [0] * len(x)
     looks_at_last = any_step or n_restarts > 1          # the last iterate is classified too, though no step follows
     live = list(range(len(x)))
@@ -152,22 +195,16 @@ def pgd(model, x, y, *, eps, step_size, n_steps, keys=None, random_start=True, n
             steps = [0] * len(rows) if known_noise else [restart[i] * (n_steps + 1) + step[i] for i in rows]
             draws = keys[rows].at(steps, n_eot, "defence" if known_noise else None)
         at_once = n_eot if average == "logits" else min(n_eot, room.size)           # draws of one image in a call
-        fits, found = room.try_(lambda: gradient(model, adv[rows], y[rows].to(x.device), draws, n_eot, average, room.size),
+        fits, found = room.try_(lambda: gradient(model, adv[rows], y[rows].to(x.device), draws, n_eot, average, room.size, y),
                                 len(rows) * (at_once if average != "logits" or len(rows) > 1 else 1))
         if not fits:
             continue
         grad, right = found
-        norm = grad.flatten(1).abs().sum(1)
-        bad = (norm == 0) | ~torch.isfinite(norm)
-        if masked_by is not None:
-            with torch.no_grad():
-                grad = grad * (masked_by(adv[rows]).argmax(1) == y[rows].to(x.device)).view(-1, 1, 1, 1)
-        moved = adv[rows] + step_size * grad.nan_to_num(0, 0, 0).sign()
-        moved = (x[rows] + (moved - x[rows]).clamp(-eps, eps)).clamp(0, 1)
+        moved, bad = _next(grad, adv[rows], x[rows], y[rows].to(x.device), eps, step_size, masked_by)
         for k, i in enumerate(rows):
             if broke_at[i] < 0 and not right[k]:
                 broke_at[i] = restart[i] * (n_steps + 1) + step[i]
-            bad_gradients[i] += bool(bad[k])
+            bad_gradients[i] += bad[k]
             done = any_step and not right[k]
             if not done and step[i] < n_steps:
                 adv[i], step[i] = moved[k], step[i] + 1
@@ -176,7 +213,7 @@ def pgd(model, x, y, *, eps, step_size, n_steps, keys=None, random_start=True, n
                 done = not right[k] or restart[i] + 1 == n_restarts
                 if not done:
                     restart[i], step[i] = restart[i] + 1, 0
-                    adv[i] = start([i], restart[i])[0]
+                    adv[i] = _start(x[[i]], eps, start_keys and start_keys[[i]], restart[i])[0]
             if done:
                 live.remove(i)
         if progress:
@@ -186,15 +223,47 @@ def pgd(model, x, y, *, eps, step_size, n_steps, keys=None, random_start=True, n
     return adv
 
 
+def _check_batch(model, x, y, keys, average):
+    """Refuse what `pgd` cannot attack."""
+    check_images(x)
+    check_labels(y, len(x))
+    if average not in AVERAGES:
+        raise ValueError(f"no average {average!r}; choose from {list(AVERAGES)}")
+    if keys is not None:
+        check_keys(keys, len(x))
+    elif isinstance(model, View):
+        raise ValueError("keys: a view of a random defence draws noise; expected one key per image")
+
+
+def _start(x, eps, keys, restart=0):
+    """Where an attack on x begins: in the ball of radius eps around it, or, without keys, at a copy of it."""
+    if keys is None:
+        return x.clone()
+    noise = keys.at([restart] * len(x)).uniform(x.shape[1:], "start").to(x)
+    return (x + eps * (2 * noise - 1)).clamp(0, 1)
+
+
+def _next(grad, adv, x, y, eps, step_size, masked_by):
+    """(the next iterate of each image, whether its gradient was zero everywhere or not finite)."""
+    norm = grad.flatten(1).abs().sum(1)
+    bad = (norm == 0) | ~torch.isfinite(norm)
+    if masked_by is not None:
+        with torch.no_grad():
+            grad = grad * (masked_by(adv.clone()).argmax(1) == y).view(-1, 1, 1, 1)
+    moved = adv + step_size * grad.nan_to_num(0, 0, 0).sign()
+    return (x + (moved - x).clamp(-eps, eps)).clamp(0, 1), bad.tolist()
+
+
 AVERAGES = ("gradient", "logits", "vote")
 SCALE = 2.0 ** 10   # of the loss, while it is differentiated: float16 networks round less of it to zero, and single precision's
                     # result is the same to the bit, a power of two being exact
 
 
-def gradient(model, x, y, keys=None, n_eot=1, average="gradient", batch_size=64):
+def gradient(model, x, y, keys=None, n_eot=1, average="gradient", batch_size=64, labels=None):
     """Gradient of the cross-entropy at x [n, 3, h, w], and whether the mean logits over the draws are still right [n].
 
     keys: n_eot for each image, image after image. A plain model is asked once: it has nothing to average.
+    labels: all those that must be classes of the model, where y is a part of them. Raises ValueError for one that is not.
     """
     def ask(x, keys):
         return model(x, keys) if isinstance(model, View) else model(x)
@@ -208,8 +277,9 @@ def gradient(model, x, y, keys=None, n_eot=1, average="gradient", batch_size=64)
     for first in range(0, n_eot, group):
         n = min(group, n_eot - first)
         part = keys and keys[[i * n_eot + first + d for i in range(len(x)) for d in range(n)]]
-        leaf = (x.repeat_interleave(n, 0) if apart else x).detach().requires_grad_(True)
-        out = ask(leaf, part)
+        leaf = (x.repeat_interleave(n, 0) if apart else x).detach().clone().requires_grad_(True)
+        out = ask(leaf.clone(), part)                   # a copy, as the model may work in place
+        check_logits(out, len(x) * n, y if labels is None else labels)
         draws = out.view(len(x), n, -1)
         if average == "logits":
             loss = F.cross_entropy(draws.mean(1), y, reduction="sum")
@@ -223,17 +293,22 @@ def gradient(model, x, y, keys=None, n_eot=1, average="gradient", batch_size=64)
     return grad, (logits.argmax(1) == y).tolist()
 
 
-class Query:
+class Query(Frozen):
     """A `View` as a plain model, for attacks of other libraries: every call draws afresh, keyed by the call's number.
 
     keys: one for each image, all of which it is asked about at each call: an attack that drops images on its way gets one image at
-    a time, with a query of its own. n_draws: each answer is the mean of the logits over so many draws.
+    a time, with a query of its own. n_draws: each answer is the mean of the logits over so many draws. Raises TypeError or ValueError.
     """
 
     def __init__(self, view, keys, n_draws=1):
+        super().__init__()
+        if not isinstance(view, View):
+            raise TypeError(f"view: expected a `View`, as `full(defense)` is, got {type(view).__name__}, which is a plain model already")
+        check_keys(keys, len(keys) if isinstance(keys, Keys) else 1)
+        check_counts(n_draws=n_draws)
         self.view, self.keys, self.n_draws, self.calls = view, keys, n_draws, 0
 
-    def __call__(self, x):
+    def forward(self, x):
         if len(x) != len(self.keys):
             raise ValueError(f"x: got {len(x)} images for {len(self.keys)} keys, and cannot know which these are; attack one image at a "
                              "time, with a Query of its own")
@@ -293,7 +368,7 @@ def autoattack(model, x, y, *, eps, keys, version="standard", attacks=None, n_qu
     was fooled; scoring is the evaluation's.
     n_steps, n_eot: APGD's; 100 and 20 are AutoAttack's own. Raises TypeError or ValueError for what cannot be meant.
     """
-    from pyautoattack import AutoAttack, checks
+    from pyautoattack import checks
     check_images(x)
     check_labels(y, len(x))
     check_numbers(1, eps=eps)
@@ -304,24 +379,22 @@ def autoattack(model, x, y, *, eps, keys, version="standard", attacks=None, n_qu
         raise ValueError(f"no AutoAttack version {version!r}; choose from ['custom', 'rand', 'standard']")
     if bool(attacks) != (version == "custom"):
         raise ValueError(f"attacks={attacks!r} with version={version!r}: expected names of attacks with 'custom', and only then")
-    if keys is None or len(keys) != len(x):
-        raise ValueError(f"keys: got {0 if keys is None else len(keys)} for {len(x)} images, expected one each")
+    for name in attacks or ():
+        if name not in NEEDS:
+            raise ValueError(f"attacks: AutoAttack has no {name!r}; choose from {sorted(NEEDS)}")
+    check_keys(keys, len(x))
     out, flags = x.clone(), []
     for rows in blocks(keys.indices, block):
         some, labels, key = x[rows], y[rows].to(x.device), keys[rows[:1]]
         random = isinstance(model, View)
         plain = Query(model, key, n_eot if attacks else 1) if random else model
         with _isolated() as seen:
-            library = AutoAttack(plain, eps=eps, version=version, attacks=list(attacks) if attacks else None, device=x.device,
-                                 seed=seed_of(*key.rows[0]) % 2 ** 32)
-            for part in (library.apgd, library.apgd_targeted):
-                part.n_iter = part.n_iter_orig = n_steps
-                part.n_iter_2, part.n_iter_min, part.size_decr = (max(int(share * n_steps), 1) for share in (0.22, 0.06, 0.03))
+            library = _library(plain, y, version, attacks, n_steps, eps=eps, device=x.device, seed=seed_of(*key.rows[0]) % 2 ** 32)
             library.apgd.eot_iter = n_eot if version == "rand" else 1
             library.square.n_queries = n_queries
             if random and version != "standard":
-                checks.check_range_output(plain, some, logger=library.logger)
-                checks.check_dynamic(plain, some, logger=library.logger)
+                checks.check_range_output(library.model, some, logger=library.logger)
+                checks.check_dynamic(library.model, some, logger=library.logger)
                 out[rows] = _strongest(library, model, some, labels, key, n_eot)
             else:
                 try:
@@ -338,6 +411,28 @@ def autoattack(model, x, y, *, eps, keys, version="standard", attacks=None, n_qu
         record.flags, record.bad_gradients = flags, [int("zero gradient" in f) for f in flags]
         record.broke_at = [-1] * len(x)
     return out
+
+
+NEEDS = {"apgd-ce": 2, "apgd-dlr": 3, "apgd-t": 4, "fab": 2, "fab-t": 2, "square": 2}     # classes that AutoAttack's losses take
+
+
+def _library(model, y, version, attacks, n_steps, **settings):
+    """pyautoattack's AutoAttack with APGD's plan for n_steps. Raises ValueError at the model's first answer if it has too few classes."""
+    from pyautoattack import AutoAttack
+
+    def ask(x):
+        logits = model(x.clone())                       # a copy, as the model may work in place
+        check_logits(logits, len(x), y, NEEDS[pickiest], f"AutoAttack's {pickiest!r} ('apgd-ce' and 'square', by version='custom', need 2)")
+        # the targeted parts take all other classes, nine at most
+        library.apgd_targeted.n_target_classes = library.fab.n_target_classes = min(9, logits.shape[1] - 1)
+        return logits
+
+    library = AutoAttack(ask, version=version, attacks=list(attacks) if attacks else None, **settings)
+    pickiest = max(library.attacks_to_run, key=NEEDS.get)
+    for part in (library.apgd, library.apgd_targeted):
+        part.n_iter = part.n_iter_orig = n_steps
+        part.n_iter_2, part.n_iter_min, part.size_decr = (max(int(share * n_steps), 1) for share in (0.22, 0.06, 0.03))
+    return library
 
 
 def _strongest(library, view, one, label, key, n_eot):
@@ -357,7 +452,7 @@ def _strongest(library, view, one, label, key, n_eot):
 
     def loss(point):
         with torch.no_grad():
-            logits = view(point, key.at([10 ** 6], n_eot))      # a step number that no query reaches
+            logits = view(point.clone(), key.at([10 ** 6], n_eot))      # a step number that no query reaches
         return F.cross_entropy(logits, label.expand(len(logits))).item()
     return max(points, key=loss)[0]
 
@@ -395,7 +490,10 @@ class Attack:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r}: choose from {list(allowed)}")
         check_numbers(255, eps_255=self.eps_255, step_size_255=self.step_size_255)
+        if 0 < self.eps_255 < 0.1:
+            raise ValueError(f"eps_255={self.eps_255!r}: expected a number in 1/255, that is 8 and not 8/255")
         check_counts(n_steps=self.n_steps, n_eot=self.n_eot, n_restarts=self.n_restarts, block=self.block)
+        check_flags(random_start=self.random_start, known_noise=self.known_noise, masked=self.masked, any_step=self.any_step)
         if self.block > 1 and (self.optimiser != "autoattack" or self.view != "blind"):
             raise ValueError(f"block={self.block}: only AutoAttack on the blind view takes more than one image at a time")
         for name, plain in {"known_noise": False, "masked": False, "any_step": False, "n_restarts": 1, "average": "gradient"}.items():
@@ -458,11 +556,10 @@ class Attack:
         if self.optimiser == "none":
             if record is not None:
                 record.broke_at, record.bad_gradients, record.flags = [-1] * len(x), [0] * len(x), [""] * len(x)
-            return x
-        captions = None
+            return x.clone()
+        model = VIEWS[self.view](defense)
         if self.captions == "clean" and self.view != "blind":
-            captions = dict(zip(keys.indices, defense.caption(x)))
-        model = VIEWS[self.view](defense, captions)
+            model = model.captioned(x, keys.indices)
         shared = {"eps": self.eps_255 / 255, "keys": keys, "record": record, "progress": progress}
         if self.optimiser == "pgd":
             return pgd(model, x, y, step_size=self.step_size_255 / 255, n_steps=self.n_steps, n_eot=self.n_eot, average=self.average,
@@ -508,5 +605,5 @@ def get_attack(attack, /, **overrides):
 
 
 def in_batches(attack, x, y, keys=None, batch_size=128):
-    """`attack(x, y, keys)` over slices of a large set; the slices change no result, as keys belong to images."""
-    return torch.cat(in_parts(lambda p: attack(x[p], y[p], None if keys is None else keys[p]), len(x), batch_size))
+    """`attack(x, y, keys)` over slices of a large set; the slices change no result, as keys belong to images. x and y are copied."""
+    return torch.cat(in_parts(lambda p: attack(x[p].clone(), y[p].clone(), None if keys is None else keys[p]), len(x), batch_size))

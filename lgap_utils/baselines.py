@@ -9,7 +9,7 @@ import io
 
 import torch
 
-from .defense import LGAP, resize
+from .defense import LGAP, LatentPurifier, resize
 from .identity import identity, named
 
 
@@ -70,8 +70,16 @@ def jpeg(quality):
     return Purifier(function, purifier="JPEG", quality=quality)
 
 
+def _check_latent(purifier):
+    """Refuse a purifier that has no autoencoder and no guidance of its own to be run without."""
+    if not isinstance(purifier, LatentPurifier):
+        raise TypeError(f"purifier: expected a LatentPurifier, got {type(purifier).__name__}; `beside` leaves this row out for others")
+
+
 def vae_round_trip(purifier):
-    """The latent purifier's autoencoder alone: encoded and decoded, no noise added, nothing denoised."""
+    """A LatentPurifier's autoencoder alone: encoded and decoded, no noise added, nothing denoised. Raises TypeError for another."""
+    _check_latent(purifier)
+
     def function(x, keys):
         working = purifier.resize(x.to(purifier.device, torch.promote_types(purifier.dtype, torch.float32)), (purifier.size, purifier.size))
         return purifier.resize(purifier.decode(purifier.encode(working, keys)), x.shape[-2:]).to(x)
@@ -79,7 +87,9 @@ def vae_round_trip(purifier):
 
 
 def without_caption(purifier):
-    """The same diffusion with an empty caption, and so without guidance: the two predictions would be equal."""
+    """A LatentPurifier's diffusion with an empty caption, and so without guidance: the two predictions would be equal. Raises TypeError."""
+    _check_latent(purifier)
+
     def function(x, keys):
         with purifier.using(guidance_scale=1.0):
             return purifier(x, [""] * len(x), keys)
@@ -87,11 +97,15 @@ def without_caption(purifier):
 
 
 def beside(defense, side):
-    """{name: LGAP} of the defence and of everything cheap behind the same classifier; side: pixels of an image's side."""
-    smaller = 3 * side // 4
-    others = {"LGAP without a caption": without_caption(defense.purifier), "VAE round trip": vae_round_trip(defense.purifier),
-              f"resize to {smaller} and back": resized(smaller), "Gaussian blur, 1 pixel": blur(1.0), "JPEG, quality 75": jpeg(75),
-              "undefended": nothing()}
+    """{name: LGAP} of the defence and of everything cheap behind the same classifier; side: pixels of an image's side.
+
+    The parts of a LatentPurifier stand there too, where the defence has one and not a purifier of another kind.
+    """
+    smaller, others = 3 * side // 4, {}
+    if isinstance(defense.purifier, LatentPurifier):
+        others = {"LGAP without a caption": without_caption(defense.purifier), "VAE round trip": vae_round_trip(defense.purifier)}
+    others |= {f"resize to {smaller} and back": resized(smaller), "Gaussian blur, 1 pixel": blur(1.0), "JPEG, quality 75": jpeg(75),
+               "undefended": nothing()}
     return {"LGAP": defense} | {name: instead(defense, purifier) for name, purifier in others.items()}
 
 

@@ -224,7 +224,8 @@ def load_diffusion(name, revision=None, *, device=None, dtype="float32", variant
 # ---------------------------------------------------------------- classifier
 
 def import_robustbench():
-    """robustbench 1.1.1 imports `autoattack` but depends on `pyautoattack`, the same code under its new name."""
+    """(robustbench, its WideResNet). robustbench 1.1.1 imports `autoattack` but depends on `pyautoattack`, the same code under its
+    new name and with other arguments: after this, `robustbench.benchmark` works with it."""
     import warnings
 
     import pyautoattack
@@ -233,9 +234,25 @@ def import_robustbench():
     sys.modules.setdefault("autoattack.state", pyautoattack.state)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")                # pkg_resources and timm announce their own deprecations
+        import robustbench.eval
         import robustbench.utils
         from robustbench.model_zoo.architectures.wide_resnet import WideResNet
+    if getattr(robustbench.eval, "AutoAttack", None) is pyautoattack.AutoAttack:       # an installed torchattacks leaves none
+        robustbench.eval.AutoAttack = _benchmarks_autoattack(pyautoattack.AutoAttack)
     return robustbench, WideResNet
+
+
+def _benchmarks_autoattack(base):
+    """AutoAttack with the arguments that `robustbench.benchmark` hands over; a `log_path` is refused, as no log is written."""
+    class AutoAttack(base):
+        def __init__(self, model, *, log_path=None, **settings):
+            if log_path is not None:
+                raise ValueError(f"log_path={str(log_path)!r}: pyautoattack writes no log file; its logger is logging's 'auto-attack'")
+            super().__init__(model, **settings)
+
+        def run_standard_evaluation(self, x, y, *, bs=250, **settings):
+            return super().run_standard_evaluation(x, y, batch_size=bs, **settings)[0]
+    return AutoAttack
 
 
 def new_wide_resnet(depth, widen_factor, num_classes):

@@ -82,13 +82,6 @@ def test_pgd_is_that_of_foolbox_from_the_same_start(conv, images, monkeypatch, r
     assert n_steps == 1 or ((found - x).abs() > eps - 1e-6).float().mean() > 0.3        # the projection was needed
 
 
-def test_pgd_is_that_of_torchattacks(conv, images):
-    torchattacks = pytest.importorskip("torchattacks", reason="no dependency: it installs an old `autoattack` beside it")
-    x, y = images.x, conv(images.x).argmax(1)
-    expected = torchattacks.PGD(conv, eps=8 / 255, alpha=2 / 255, steps=10, random_start=False)(x, y)
-    assert torch.allclose(pgd(conv, x, y, eps=8 / 255, step_size=2 / 255, n_steps=10), expected, rtol=0, atol=1e-6)
-
-
 # ---------------------------------------------------------------- views
 
 @pytest.mark.parametrize("n_eot", [1, 3])
@@ -541,6 +534,9 @@ def test_the_cost_of_an_attack_is_known_before_it_runs(settings):
     ({"step_size": float("inf")}, "step_size=inf"), ({"n_steps": 0}, "n_steps=0.*at least 1"), ({"n_steps": 2.0}, "n_steps=2.0.*whole"),
     ({"n_eot": True}, "n_eot=True"), ({"n_restarts": -1}, "n_restarts=-1"), ({"batch_size": 0}, "batch_size=0"),
     ({"average": "mean"}, "average 'mean'; choose from.*vote"), ({"keys": None}, "keys: .*view.*one key per image"),
+    ({"step_size": 0}, "step_size=0: no image would move"), ({"eps": None}, "eps=None"), ({"eps": [0.1]}, r"eps=\[0.1\]"),
+    ({"known_noise": "False"}, "known_noise='False': expected True or False"), ({"any_step": 1}, "any_step=1: expected True"),
+    ({"random_start": "no"}, "random_start='no'"), ({"random_start": None}, "random_start=None"),
     ({"keys": KEYS[:3]}, "keys: got 3 for 8 images"), ({"y": Y[:7]}, r"labels: got shape \[7\] for 8 images"),
     ({"y": Y[:, None]}, r"labels: got shape \[8, 1\]"), ({"x": 2 * X}, r"images: values span.*\[0, 1\]"),
     ({"x": X[:0]}, "images: the batch is empty"),
@@ -557,11 +553,128 @@ def test_a_wrong_argument_of_pgd_is_refused(wrong, says):
     ({"attacks": ("square",)}, r"attacks=\('square',\).*standard"), ({"keys": None}, "keys: got 0 for 8"),
     ({"keys": KEYS[:3]}, "keys: got 3 for 8 images"), ({"y": Y[:7]}, "labels: got shape"), ({"x": X - 1}, "images: values span"),
     ({"version": "custom", "attacks": ["fab"]}, "attacks: 'fab' is not made for a random defence; choose from"),
+    ({"version": "custom", "attacks": ["pgd"]}, "AutoAttack has no 'pgd'; choose from.*'square'"),
+    ({"version": "custom", "attacks": "square"}, "AutoAttack has no 's'; choose from"),
+    ({"eps": -0.1}, "eps=-0.1"), ({"eps": float("nan")}, "eps=nan"), ({"eps": "8/255"}, "eps='8/255'"), ({"eps": True}, "eps=True"),
+    ({"n_steps": 2.0}, "n_steps=2.0"), ({"n_eot": True}, "n_eot=True"), ({"block": 2}, "block=2: a view of a random defence"),
 ])
 def test_a_wrong_argument_of_autoattack_is_refused(wrong, says):
     settings = {"x": X, "y": Y, "keys": KEYS, "eps": 0.05} | wrong
     with pytest.raises(ValueError, match=says):
         autoattack(full(DEFENSE), settings.pop("x"), settings.pop("y"), **settings)
+
+
+OPTIMISERS = {
+    "pgd": lambda model, y: pgd(model, X, y, keys=KEYS, batch_size=2, **SMALL),
+    "standard": lambda model, y: autoattack(model, X, y, eps=0.05, keys=KEYS),
+    "square": lambda model, y: autoattack(model, X, y, eps=0.05, keys=KEYS, version="custom", attacks=["square"], n_queries=2),
+    "rand": lambda model, y: autoattack(model, X, y, eps=0.05, keys=KEYS, version="rand", n_eot=1),
+}
+
+
+@pytest.mark.parametrize("view", [lambda d: net, VIEWS["blind"], full], ids=["net", "blind", "full"])
+@pytest.mark.parametrize("label", [10, 99, -1, -100])
+@pytest.mark.parametrize("run", OPTIMISERS.values(), ids=OPTIMISERS)
+def test_a_label_that_is_no_class_of_the_model_is_refused_before_anything_moves(run, label, view):
+    """cross_entropy leaves out -100 without a word, and AutoAttack takes any such image for misclassified, and hands it back."""
+    y = Y.clone()
+    y[[5, 7]] = label
+    with pytest.raises(ValueError, match=f"^labels: image 5 of 8 has label {label}, and the model's classes are 0 to 9$"):
+        run(view(DEFENSE), y)
+
+
+@pytest.mark.parametrize("run, needs", [("pgd", 2), ("square", 2), ("rand", 3), ("standard", 4)])
+def test_an_attack_says_how_many_classes_it_needs_and_works_with_them(quick, run, needs):
+    def few(n):
+        return lambda x: (net(x) - net(X).mean(0))[:, :n]
+    y = lambda n: few(n)(X).argmax(1)
+    adv = OPTIMISERS[run](few(needs), y(needs))
+    assert (few(needs)(adv).argmax(1) != y(needs)).any() or run == "square"
+    with pytest.raises(ValueError, match=f"model: its logits are of {needs - 1} classes, and .* needs at least {needs}"):
+        OPTIMISERS[run](few(needs - 1), y(needs - 1))
+
+
+def test_the_targeted_parts_of_autoattack_take_all_other_classes_and_nine_at_most(quick, monkeypatch):
+    from pyautoattack.autopgd_base import APGDAttack_targeted
+    targets = []
+    monkeypatch.setattr(APGDAttack_targeted, "perturb", lambda self, x, y: targets.append(self.n_target_classes) or x.clone())
+    for n in (4, 7, 10, 12):
+        model = lambda x: torch.cat([net(x), 0.9 * net(x)], 1)[:, :n] * (1 + 1e3 * F.one_hot(torch.tensor(1), n))
+        autoattack(model, X[:1], model(X[:1]).argmax(1), keys=KEYS[:1], **quick | {"eps": 1e-6})
+    assert targets == [3, 6, 9, 9]
+
+
+@pytest.mark.parametrize("output", [lambda x: net(x)[:, 0], lambda x: net(x).T, lambda x: (net(x),)], ids=["one", "turned", "tuple"])
+def test_a_model_without_logits_for_each_image_is_refused(output):
+    for run in (lambda: pgd(output, X, Y, **SMALL), lambda: autoattack(output, X, Y, eps=0.05, keys=KEYS)):
+        with pytest.raises(ValueError, match=r"model: its output is .*, expected a tensor of logits \[[18], classes\]"):
+            run()
+
+
+# what a model, a part or an attack does to what it is given, in place
+def spoiling(x):
+    x.sub_(0.1)
+    return net(x)
+
+
+def spoiling_purifier(x, captions, keys):
+    return noisy(x.mul_(0.9), captions, keys)
+
+
+def careful_purifier(x, captions, keys):
+    return noisy(x * 0.9, captions, keys)
+
+
+@pytest.mark.parametrize("spoils, careful", [
+    (spoiling, lambda x: net(x - 0.1)),
+    (VIEWS["blind"](LGAP(words, noisy, spoiling)), VIEWS["blind"](LGAP(words, noisy, lambda x: net(x - 0.1)))),
+    (full(LGAP(words, spoiling_purifier, net)), full(LGAP(words, careful_purifier, net))),
+    (bpda(LGAP(words, spoiling_purifier, net)), bpda(LGAP(words, careful_purifier, net))),
+], ids=["model", "classifier", "purifier, full", "purifier, bpda"])
+@pytest.mark.parametrize("settings", [{"n_eot": 1}, {"n_eot": 3}, {"n_eot": 3, "average": "vote"}, {"any_step": True}])
+def test_who_works_in_place_changes_neither_images_nor_labels_nor_results(quick, spoils, careful, settings):
+    x, y = X.clone(), Y.clone()
+    expected = pgd(careful, X, Y, keys=KEYS, masked_by=lambda x: net(x - 0.1), **SMALL | settings)
+    assert torch.equal(pgd(spoils, x, y, keys=KEYS, masked_by=spoiling, **SMALL | settings), expected)
+    found, wanted = (gradient(model, x, y, KEYS.at([0] * N, 3), 3)[0] for model in (spoils, careful))
+    assert torch.equal(found, wanted)
+    version = "rand" if isinstance(spoils, View) else "standard"
+    found, wanted = (autoattack(model, x[:1], y[:1], keys=KEYS[:1], version=version, n_eot=2, **quick) for model in (spoils, careful))
+    assert torch.equal(found, wanted)
+    assert torch.equal(x, X) and torch.equal(y, Y)
+
+
+def test_an_attack_in_batches_that_works_in_place_leaves_the_images_and_labels_as_they_are():
+    x, y = X.clone(), Y.clone()
+    out = attacks.in_batches(lambda x, y, keys: x.add_(y.mul_(0).float().view(-1, 1, 1, 1) + 0.5), x, y, batch_size=3)
+    assert torch.equal(out, X + 0.5) and torch.equal(x, X) and torch.equal(y, Y)
+    Attack("none", optimiser="none")(DEFENSE, x, y, KEYS).zero_()
+    assert torch.equal(x, X)
+
+
+def test_bpda_has_the_gradient_of_the_classifier_where_a_purifier_hands_back_what_it_was_given():
+    view = bpda(LGAP(words, lambda x, captions, keys: x, net))
+    assert torch.equal(gradient(view, X, Y, KEYS)[0], gradient(net, X, Y)[0])
+
+
+def test_images_of_one_index_have_one_caption():
+    attack = Attack("clean", view="full", n_steps=1, captions="clean")
+    twice = Keys([3] * N)
+    with pytest.raises(ValueError, match="keys: two images have the same index and different captions"):
+        attack(DEFENSE, X, Y, twice)
+    assert len(attack(DEFENSE, X[[0, 0]], Y[[0, 0]], twice[:2])) == 2
+
+
+@pytest.mark.parametrize("keys", [list(range(N)), torch.arange(N)], ids=["list", "tensor"])
+def test_keys_are_keys(keys):
+    for attack in (lambda: pgd(net, X, Y, keys=keys, **SMALL), lambda: autoattack(net, X, Y, eps=0.05, keys=keys)):
+        with pytest.raises(TypeError, match="keys: expected `Keys`, one for each image, got"):
+            attack()
+
+
+def test_a_radius_of_zero_may_have_a_step_of_zero():
+    assert torch.equal(pgd(net, X, Y, eps=0, step_size=0, n_steps=2), X)
+    assert Attack("zero", eps_255=0, step_size_255=0).eps_255 == 0
 
 
 @pytest.mark.parametrize("y", [Y.float(), Y.int(), Y.tolist()], ids=["float", "int32", "list"])
@@ -576,6 +689,10 @@ def test_labels_are_whole_numbers_in_a_tensor(y):
     ({"average": "sum"}, "average='sum'.*vote"), ({"captions": "old"}, "captions='old'.*anew"),
     ({"version": "custom"}, "version='custom'.*rand"), ({"eps_255": "8/255"}, "eps_255='8/255'"),
     ({"eps_255": -1}, r"eps_255=-1: expected a number in \[0, 255\]"), ({"eps_255": 256}, "eps_255=256"),
+    ({"eps_255": 8 / 255}, "eps_255=0.031.*8 and not 8/255"), ({"step_size_255": 0}, "step_size_255=0: no image would move"),
+    ({"eps_255": float("nan")}, "eps_255=nan"), ({"n_steps": 2.0}, "n_steps=2.0"), ({"n_eot": True}, "n_eot=True"),
+    ({"known_noise": "False"}, "known_noise='False': expected True or False"), ({"any_step": 1}, "any_step=1"),
+    ({"random_start": "no"}, "random_start='no'"), ({"masked": "yes"}, "masked='yes'"), ({"masked": None}, "masked=None"),
     ({"step_size_255": float("nan")}, "step_size_255=nan"), ({"n_steps": 0}, "n_steps=0"), ({"n_eot": "3"}, "n_eot='3'"),
     ({"n_restarts": 0}, "n_restarts=0"), ({"optimiser": "square", "known_noise": True}, "known_noise=True: only.*'pgd'.*'square'"),
     ({"optimiser": "autoattack", "n_restarts": 2}, "n_restarts=2: only"),
