@@ -221,10 +221,11 @@ def _data_here(table, profile, images):
 
 
 def heading(profile, table=None, images=None):
-    """Whose numbers a figure shows: "Table 2, profile small, CIFAR-10 (in the paper: CIFAR-100)"; without a table, the last two."""
+    """Whose numbers a figure shows: "Table 2, profile small, CIFAR-10 (in the paper: CIFAR-100)"; without a table, profile and data."""
     if table is None:
         return f"profile {profile.name}, {DATA_SETS[profile.dataset]}"
-    paper = "" if profile.dataset == _paper_data(table) else f" (in the paper: {DATA_SETS[_paper_data(table)]})"
+    paper = {"other data": f" (in the paper: {DATA_SETS[_paper_data(table)]})" * (profile.dataset != _paper_data(table)),
+             "other models": ", other models than the paper's"}.get(_unlike(table, profile, images), "")
     return f"Table {table}, profile {profile.name}, {_data_here(table, profile, images)}{paper}"
 
 
@@ -506,12 +507,17 @@ def _tex_plain(cell):
     return re.sub(r"(\d) to (\d)", r"\1–\2", text)
 
 
+def _points(text):
+    """About how wide a text is in footnotesize, and rather more than less."""
+    return 4.5 * len(text) + 2.5 * sum(map(str.isupper, text)) + 2.5 * sum(text.count(wide) for wide in "MWmwÆ%—…")
+
+
 def _tex_cell(text, width):
     """The cell for a column of `width` points: intervals small; a word too long for it may be broken, where nothing else helps."""
     def word_in_tex(word):
         if re.fullmatch(r"\([\d.]+–[\d.]+\),?", word):
             return rf"{{\scriptsize {word.translate(TEX)}}}"
-        parts = [word] if len(word) <= width / 6 else [word[i:i + 3] for i in range(0, len(word), 3)]
+        parts = [word] if _points(word) <= width else [word[i:i + 3] for i in range(0, len(word), 3)]
         return r"\penalty5000 ".join(part.translate(TEX) for part in parts)
     return r"\raggedright " + " ".join(map(word_in_tex, text.split(" ")))
 
@@ -520,14 +526,14 @@ def _latex(table):
     """A tabular in footnotesize whose columns share the width of a text: each has what it needs, the long ones an equal part of the rest."""
     lines = [[_tex_plain(cell) for cell in line] for line in (table.columns, *table.itertuples(index=False, name=None))]
     columns = list(zip(*lines))
-    needs = [5 * max(map(len, [*cells[1:], *(word + " " for word in cells[0].split())]), default=1) for cells in columns]        # 5 points a character
+    needs = [max(map(_points, [*cells[1:], *cells[0].split()]), default=9) for cells in columns]      # a heading may take several lines
     left, widths = TEXT_WIDTH - 2 * GAP * (len(needs) - 1), [0] * len(needs)
     for waiting, k in zip(range(len(needs), 0, -1), sorted(range(len(needs)), key=needs.__getitem__)):
-        widths[k] = int(min(needs[k], left / waiting))
+        widths[k] = math.floor(min(needs[k] + 1, left / waiting))
         left -= widths[k]
     rows = [" & ".join(_tex_cell(*cell) for cell in zip(line, widths)) + r" \tabularnewline" for line in lines]
     spec = "".join(f"p{{{width}pt}}" for width in widths)
-    return "\n".join([r"\begingroup\footnotesize\setlength{\tabcolsep}{" + f"{GAP}pt" + r"}\exhyphenpenalty=5000", r"\begin{tabular}{@{}" + spec + "@{}}",
+    return "\n".join([r"\begingroup\footnotesize\setlength{\tabcolsep}{" + f"{GAP}pt" + r"}\exhyphenpenalty=1000", r"\begin{tabular}{@{}" + spec + "@{}}",
                       r"\toprule", rows[0], r"\midrule", *rows[1:], r"\bottomrule", r"\end{tabular}\endgroup", ""])
 
 
