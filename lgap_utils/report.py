@@ -15,12 +15,15 @@ import pandas as pd
 from .files import write_whole
 from .profiles import ROOT
 
-# A check that counts images says next to nothing on fewer: where all of 10 stand, the 95 % interval still begins at 72 %.
+# A check that counts images says next to nothing on fewer: of 10 that all stand, the 95 % interval begins at 72 %.
 FEW_IMAGES = 10
 
 
 def wilson(k, n):
-    """95 % Wilson interval of k successes in n, as two fractions (scipy). Raises ValueError unless 0 <= k <= n and 1 <= n are whole."""
+    """95 % Wilson interval of k successes in n, as two fractions (scipy).
+
+    Raises ValueError unless both are whole numbers, n at least 1 and k from 0 to n.
+    """
     from scipy.stats import binomtest
     if not all(isinstance(v, numbers.Real) and v % 1 == 0 for v in (k, n)) or not 0 <= k <= n or n < 1:
         raise ValueError(f"k={k!r} of n={n!r}: expected whole numbers, n at least 1 and k from 0 to n")
@@ -31,7 +34,8 @@ def wilson(k, n):
 def share(flags):
     """{"%", "95 % interval", "k", "n"} of a column of True and False: a number is never alone.
 
-    Raises ValueError where there is none, or one that is something else: a gap must not count as right or wrong.
+    Raises ValueError where there is none, or one that is something else: a gap must not count as right or
+    wrong.
     """
     flags = _truths(flags)
     return _share(sum(flags), len(flags))
@@ -66,7 +70,8 @@ def _of(rows, defence, where=""):
     """The rows of one defence. Raises ValueError, with the defences that there are, where it has none."""
     there = list(rows["defence"].unique()) if "defence" in rows else []
     if defence not in there:
-        raise ValueError(f"{where}no rows of the defence {defence!r}; there are {f'rows of {there}' if there else 'no rows at all'}")
+        found = f"rows of {there}" if there else "no rows at all"
+        raise ValueError(f"{where}no rows of the defence {defence!r}; there are {found}")
     return rows[rows["defence"] == defence]
 
 
@@ -90,9 +95,10 @@ def _check_rows(rows, column):
 def accuracy(rows, column="adversarial", how="mean"):
     """`share` of the images whose label the defence finds, from the matrix of images x noise draws.
 
-    rows: one defence's rows of `evaluate.Evaluation`; column: "clean" or "adversarial". how: "mean" over the draws (the interval
-    is that of the images, whose number and not that of the draws counts), "majority" (the label predicted most often; the lower
-    one if tied), or "worst" (right in every draw). Raises ValueError where an image lacks a draw or a label, and for no rows.
+    rows: one defence's rows of `evaluate.Evaluation`; column: "clean" or "adversarial". how: "mean" over
+    the draws (the interval is that of the images, whose number and not that of the draws counts),
+    "majority" (the label predicted most often; the lower one if tied), or "worst" (right in every draw).
+    Raises ValueError where an image lacks a draw or a label, and for no rows.
     """
     _check_rows(rows, column)
     matrix = rows.pivot(index="index", columns="draw", values=column)
@@ -112,8 +118,8 @@ def accuracy(rows, column="adversarial", how="mean"):
 def entries(rows, attack, names, whole=("undefended",)):
     """What `beside_paper` takes, for each defence in rows: {defence: (the method's name in the table, the attack's)}.
 
-    whole: defences that are nothing but the classifier, so that even a blind attack sees all there is. Raises ValueError for a
-    defence that has no rows.
+    whole: defences that are nothing but the classifier, so that even a blind attack sees all there is.
+    Raises ValueError for a defence that has no rows.
     """
     out = []
     for defence, (method, label) in names.items():
@@ -121,7 +127,8 @@ def entries(rows, attack, names, whole=("undefended",)):
         flags = _flags(own)
         out.append({"method": method, "attack": label, "natural": accuracy(own, "clean"), "robust": accuracy(own),
                     "eps": f"{attack.eps_255:g}/255", "seconds": round(float(own.drop_duplicates("index")["seconds"].sum()), 1),
-                    "unreliable": bool(flags), "flags": flags, "whole": attack.view != "blind" or defence in whole,
+                    "unreliable": bool(flags), "flags": flags,
+                    "whole": attack.view != "blind" or defence in whole,
                     "protocol": attack.describe() + (f"; mean of {own['draw'].nunique()} draws" if own["draw"].max() else "")})
     return out
 
@@ -141,10 +148,11 @@ def paired(rows, first, second, column="adversarial"):
         _check_rows(own, column)
         one.append((own[column] == own["label"]).set_axis(own["index"]).sort_index())
     if not one[0].index.equals(one[1].index):
-        raise ValueError(f"{first} has draw 0 of {len(one[0])} images and {second} of {len(one[1])}, which are not the same ones")
+        raise ValueError(f"{first} has draw 0 of {len(one[0])} images and {second} of {len(one[1])}, "
+                         "which are not the same ones")
     b, c, p = mcnemar(*one)
-    return {"first": first, "second": second, "right with the first alone": b, "with the second alone": c, "n": len(one[0]),
-            "exact McNemar p": f"{p:.2g}"}
+    return {"first": first, "second": second, "right with the first alone": b, "with the second alone": c,
+            "n": len(one[0]), "exact McNemar p": f"{p:.2g}"}
 
 
 def caption_readers(rows, classes, defence="LGAP"):
@@ -175,9 +183,10 @@ def _marked(found, flags):
 def ladder(runs, classes=None, defence="LGAP", profile=None):
     """Accuracies of one defence under several attacks: a DataFrame with a row per attack.
 
-    runs: {what the table calls it: (attack, rows of `evaluate.Evaluation.run`)}. classes: with their names, how often the caption
-    of the attacked image names the right one has a column (`caption_readers`). profile: with it, its data set has one. Raises
-    ValueError where there is no run, or a run has no rows of the defence.
+    runs: {what the table calls it: (attack, rows of `evaluate.Evaluation.run`)}. classes: with their names,
+    how often the caption of the attacked image names the right one has a column (`caption_readers`).
+    profile: with it, its data set has one. Raises ValueError where there is no run, or a run has no rows of
+    the defence.
     """
     if not runs:
         raise ValueError("a ladder of no runs; expected at least one")
@@ -186,7 +195,8 @@ def ladder(runs, classes=None, defence="LGAP", profile=None):
         own = _of(rows, defence, f"{name}: ")
         flags = _flags(own)
         table[name] = {**({"data": DATA_SETS[profile.dataset]} if profile else {}),
-                       "natural, %": in_words(accuracy(own, "clean")), "robust, mean of draws, %": _marked(accuracy(own), flags),
+                       "natural, %": in_words(accuracy(own, "clean")),
+                       "robust, mean of draws, %": _marked(accuracy(own), flags),
                        "majority, %": in_words(accuracy(own, how="majority")), "worst draw, %": in_words(accuracy(own, how="worst")),
                        **({"caption alone, %": in_words(accuracy(caption_readers(rows, classes, defence)))} if classes else {}),
                        "n": own["index"].nunique(), "draws": own["draw"].nunique(), "flags": flags or "none",
@@ -203,7 +213,8 @@ def paper_numbers(table):
     """The paper's rows of one table, as printed: a DataFrame of text."""
     numbers = pd.read_csv(ROOT / "paper" / "numbers.csv", dtype=str, keep_default_na=False)
     if str(table) not in set(numbers["table"]):
-        raise ValueError(f"the paper has no table {table!r} of accuracies; choose from {sorted(numbers['table'].unique())}")
+        choices = sorted(numbers["table"].unique())
+        raise ValueError(f"the paper has no table {table!r} of accuracies; choose from {choices}")
     return numbers[numbers["table"] == str(table)].reset_index(drop=True)
 
 
@@ -221,16 +232,22 @@ def _data_here(table, profile, images):
 
 
 def heading(profile, table=None, images=None):
-    """Whose numbers a figure shows: "Table 2, profile small, CIFAR-10 (in the paper: CIFAR-100)"; without a table, profile and data."""
+    """Whose numbers a figure shows: "Table 2, profile small, CIFAR-10 (in the paper: CIFAR-100)".
+
+    Without a table, the profile and its data set alone.
+    """
     if table is None:
         return f"profile {profile.name}, {DATA_SETS[profile.dataset]}"
-    paper = {"other data": f" (in the paper: {DATA_SETS[_paper_data(table)]})" * (profile.dataset != _paper_data(table)),
-             "other models": ", other models than the paper's"}.get(_unlike(table, profile, images), "")
-    return f"Table {table}, profile {profile.name}, {_data_here(table, profile, images)}{paper}"
+    text = f"Table {table}, profile {profile.name}, {_data_here(table, profile, images)}"
+    if profile.dataset != _paper_data(table):
+        text += f" (in the paper: {DATA_SETS[_paper_data(table)]})"
+    elif _unlike(table, profile, images) == "other models":
+        text += ", other models than the paper's"
+    return text
 
 
 def _unlike(table, profile, images):
-    """What keeps our numbers from being held against the paper's: "other data", "other models", or "" for nothing."""
+    """Why our numbers are not held against the paper's: "other data", "other models", or "" if they are."""
     if profile.dataset != _paper_data(table) or not images.official:
         return "other data"
     return "" if profile.same_models else "other models"
@@ -242,13 +259,14 @@ def _by_row(rows):
     for row in rows:
         key = row["method"], row["attack"]
         if key in out:
-            raise ValueError(f"two rows for the method {key[0]!r} and the attack {key[1]!r}; give one of them another name")
+            raise ValueError(f"two rows for the method {key[0]!r} and the attack {key[1]!r}; "
+                             "give one of them another name")
         out[key] = row
     return out
 
 
 def _against(printed, row, unlike):
-    """The paper's numbers against ours, in words: "inside" or "outside" of our interval, or why they are neither."""
+    """The paper's numbers against ours, in words: "inside" or "outside" of our interval, or why neither."""
     def verdict(number, found):
         if found is None:
             return "not run"
@@ -268,16 +286,17 @@ NOT_RUN = {"natural": None, "robust": None, "protocol": "quoted from the paper"}
 def beside_paper(table, ours, profile, images):
     """The paper's table with our measurements beside it: a DataFrame in which no cell is blank.
 
-    ours: dicts {"method", "attack", "natural", "robust" (shares, or None where not run), "protocol"}; one whose method and
-    attack are a row of the paper stands in that row, the others follow. A number is called "inside" or "outside" of our interval
-    only where the models (profile.same_models), the data set (profile.dataset) and the images (images.official) are the paper's.
+    ours: dicts {"method", "attack", "natural", "robust" (shares, or None where not run), "protocol"}; one
+    whose method and attack are a row of the paper stands in that row, the others follow. A number is called
+    "inside" or "outside" of our interval only where the models (profile.same_models), the data set
+    (profile.dataset) and the images (images.official) are the paper's.
     """
     mine, lines, unlike = _by_row(ours), [], _unlike(table, profile, images)
     for paper in paper_numbers(table).to_dict("records"):
         lines.append((paper, mine.pop((paper["method"], paper["attack"]), None)))
     lines += [({}, row) for row in mine.values()]
-    here = _data_here(table, profile, images)
-    return pd.DataFrame([_line(paper, row, here, DATA_SETS[_paper_data(table)], unlike) for paper, row in lines]).set_index(["method", "attack"])
+    data = _data_here(table, profile, images), DATA_SETS[_paper_data(table)]
+    return pd.DataFrame([_line(paper, row, *data, unlike) for paper, row in lines]).set_index(["method", "attack"])
 
 
 def _line(paper, row, here, there, unlike):
@@ -285,60 +304,68 @@ def _line(paper, row, here, there, unlike):
     measured, source = row or NOT_RUN, paper or row
     found = measured["robust"] or measured["natural"]
     flags = measured.get("flags", "")
-    return {"method": source["method"] + ("*" if paper.get("cited") == "yes" else ""), "attack": source["attack"] or "none",
+    return {"method": source["method"] + "*" * (paper.get("cited") == "yes"), "attack": source["attack"] or "none",
             "data here": here if row else "not run", "data in the paper": there,
-            "architecture in the paper": (paper["architecture"] or "not given") if paper else "not in the paper",
-            "paper natural": paper.get("natural") or "not given", "paper robust": paper.get("robust") or "not given",
-            "natural here, %": in_words(measured["natural"]), "robust here, %": _marked(measured["robust"], flags),
+            "architecture in the paper": paper.get("architecture", "not in the paper") or "not given",
+            "paper natural": paper.get("natural") or "not given",
+            "paper robust": paper.get("robust") or "not given",
+            "natural here, %": in_words(measured["natural"]),
+            "robust here, %": _marked(measured["robust"], flags),
             "n": found["n"] if found else "not run", "paper's number": _against(paper, measured, unlike),
             "flags": flags or ("none" if row else "not run"), "protocol": measured["protocol"]}
 
 
 def narrow(table):
-    """Of a table made by `beside_paper`, what a page has room for: the rows that were run, without the paper's."""
+    """What a page has room for of a table made by `beside_paper`: the rows that were run, ours alone."""
     return table.loc[table["n"] != "not run", ["data here", "natural here, %", "robust here, %", "n"]]
 
 
 def check_results(folder):
-    """What folder/results.json holds, {} where there is none. Raises ValueError for a file that `write_results` did not write whole."""
+    """What folder/results.json holds, {} where there is none.
+
+    Raises ValueError, saying what to do, for a file that `write_results` did not write whole.
+    """
     file = Path(folder) / "results.json"
     try:
         results = json.loads(file.read_bytes())
     except FileNotFoundError:
         return {}
     except ValueError:
-        raise ValueError(f"{file} is torn or not JSON; move it away, or restore it, and its tables are written anew") from None
+        raise ValueError(f"{file} is torn or not JSON; restore it, or move it away and run its tables again") from None
     tables = results.items() if isinstance(results, dict) else [("", None)]
     for name, entry in tables:
-        if not name.startswith("table ") or not isinstance(entry, dict) or not {"provenance", "rows"} <= set(entry):
-            raise ValueError(f"{file} is not a results.json of this software (expected \"table 1\" with provenance and rows); "
-                             "move it away, or set LGAP_OUTPUTS to another folder")
+        if not (name.startswith("table ") and isinstance(entry, dict) and {"provenance", "rows"} <= set(entry)):
+            raise ValueError(f"{file} is not a results.json of this software: expected \"table 1\" and so on, each with "
+                             "provenance and rows; move it away, or set LGAP_OUTPUTS to another folder")
     return results
 
 
 def write_results(folder, table, rows, profile, images, provenance):
     """Put `rows` (dicts as in `beside_paper`) and where they come from into folder/results.json, beside the other tables'.
 
-    Fields are named as in RobustBench's model_info where it has them; the paper's numbers are `reported` only where the images are
-    the paper's. Written whole; nothing but times and versions changes from run to run. Raises ValueError as `check_results` does.
+    Fields are named as in RobustBench's model_info where it has them; the paper's numbers are `reported`
+    only where the images are the paper's. Written whole; nothing but times and versions changes from run to
+    run. Raises ValueError as `check_results` does.
     """
-    file, results, unlike = Path(folder) / "results.json", check_results(folder), _unlike(table, profile, images)
+    file, results = Path(folder) / "results.json", check_results(folder)
+    unlike = _unlike(table, profile, images)
     paper = _by_row(paper_numbers(table).to_dict("records"))
     value = lambda found, key: None if found is None else found[key]
     entries = []
     for key, row in _by_row(rows).items():
         printed = paper.get(key, {})
         reported = {} if unlike == "other data" else printed
-        entry = {"name": row["method"], "attack": row["attack"], "footnote": row["protocol"], "dataset": profile.dataset,
-                 "paper_dataset": _paper_data(table), "official_images": bool(images.official),
+        entry = {"name": row["method"], "attack": row["attack"], "footnote": row["protocol"],
+                 "dataset": profile.dataset, "paper_dataset": _paper_data(table), "official_images": bool(images.official),
                  "clean_acc": value(row["natural"], "%"), "robust_acc": value(row["robust"], "%"),
-                 "reported": reported.get("robust") or None, "reported_clean_acc": reported.get("natural") or None,
+                 "reported": reported.get("robust") or None,
+                 "reported_clean_acc": reported.get("natural") or None,
                  "papers_number": _against(printed, row, unlike)}
         for name in ("natural", "robust"):
             entry |= {f"{name}_{short}": value(row[name], column) for short, column in
                       {"interval": "95 % interval", "k": "k", "n": "n"}.items()}
-        entry |= {"unreliable": row.get("unreliable", False), "flags": row.get("flags", ""), "eps": row.get("eps"),
-                  "seconds": row.get("seconds")}
+        entry |= {"unreliable": row.get("unreliable", False), "flags": row.get("flags", ""),
+                  "eps": row.get("eps"), "seconds": row.get("seconds")}
         if row.get("whole") and "AutoAttack" in row["protocol"]:        # RobustBench means the model as it is deployed, not a transfer
             entry["autoattack_acc"] = entry["robust_acc"]
         entries.append(entry)
@@ -353,10 +380,11 @@ def write_results(folder, table, rows, profile, images, provenance):
 def audit(runs, *, defence="LGAP", stronger=(), eps_sweep=(), eps_zero=None, doubled=None):
     """What a sceptical reader would check of an evaluation: a DataFrame of checks, each "pass", "warn", "too few images" or "not run".
 
-    runs: {name: (attack, rows)} as for `ladder`. stronger: pairs of names (weaker, stronger): on the images that both have, no image
-    that falls to the weaker may stand, in every draw, under the stronger, nor may more stand in the mean of the draws. eps_sweep:
-    names by rising eps. eps_zero: a run at eps 0. doubled: names of a run and of the same with twice the steps. A check that compares
-    fewer than FEW_IMAGES images is "too few images", whatever it finds. Raises ValueError where a run has no rows of the defence.
+    runs: {name: (attack, rows)} as for `ladder`. stronger: pairs of names (weaker, stronger): on the images
+    that both have, no image that falls to the weaker may stand, in every draw, under the stronger, nor may
+    more stand in the mean of the draws. eps_sweep: names by rising eps. eps_zero: a run at eps 0. doubled:
+    names of a run and of the same with twice the steps. A check that compares fewer than FEW_IMAGES images
+    is "too few images", whatever it finds. Raises ValueError where a run has no rows of the defence.
     """
     if not runs:
         raise ValueError("an audit of no runs; expected at least one")
@@ -379,7 +407,8 @@ def _verdict(holds, n=FEW_IMAGES):
 
 def _inside(own):
     what = "inside the ball and [0, 1]"
-    outside = {name: int((~rows["inside"].astype(bool) | rows["linf"].isna()).sum()) for name, rows in own.items()}
+    outside = {name: int((~rows["inside"].astype(bool) | rows["linf"].isna()).sum())
+               for name, rows in own.items()}
     if any(outside.values()):
         return what, "warn", "; ".join(f"{name}: {k} rows outside" for name, k in outside.items() if k)
     return what, "pass", f"largest distance {255 * max(rows['linf'].max() for rows in own.values()):.2f}/255"
@@ -396,24 +425,27 @@ def _nothing_at_zero(own, eps_zero):
 
 def _falls_with_eps(attacks, right, names):
     what = "accuracy falls with eps"
-    if len(names) < 2 or not set(names) <= set(right):
-        return what, "not run", "no sweep" if len(names) < 2 else f"{sorted(set(names).difference(right))[0]} was not run"
-    each = pd.concat([right[name].mean() for name in names], axis=1, keys=names).dropna()     # the images all of them have
+    if len(names) < 2:
+        return what, "not run", "no sweep"
+    if absent := [name for name in names if name not in right]:
+        return what, "not run", f"{absent[0]} was not run"
+    each = pd.concat([right[name].mean() for name in names], axis=1, keys=names).dropna()     # images that all have
     if each.empty:
         return what, "too few images", "no image is in all of them"
     means = list(each.mean())
     signs = ["", *("=" if math.isclose(a, b) else ">" if a > b else "<" for a, b in zip(means, means[1:]))]
     falls = "<" not in signs and ">" in signs
-    line = " ".join(f"{sign} {100 * m:.1f} % at {attacks[n].eps_255:g}/255" for sign, n, m in zip(signs, names, means)).strip()
-    return what, _verdict(falls, len(each)), line + f", {len(each)} images" + "; did not fall" * (not falls)
+    line = " ".join(f"{sign} {100 * m:.1f} % at {attacks[n].eps_255:g}/255" for sign, n, m in zip(signs, names, means))
+    return what, _verdict(falls, len(each)), f"{line.strip()}, {len(each)} images" + "; did not fall" * (not falls)
 
 
 def _no_weaker(right, weaker, strong):
     what = f"{strong} is no weaker than {weaker}"
     if weaker not in right or strong not in right:
         return what, "not run", "one of them was not run"
-    all_draws = pd.concat([right[weaker].all(), right[strong].all()], axis=1, keys=["weak", "strong"]).dropna().astype(bool)
-    mean = pd.concat([right[weaker].mean(), right[strong].mean()], axis=1, keys=["weak", "strong"]).dropna().mean()
+    pair, keys = (right[weaker], right[strong]), ["weak", "strong"]
+    all_draws = pd.concat([each.all() for each in pair], axis=1, keys=keys).dropna().astype(bool)
+    mean = pd.concat([each.mean() for each in pair], axis=1, keys=keys).dropna().mean()
     wrong = all_draws[~all_draws["weak"] & all_draws["strong"]]
     detail = (f"of {len(all_draws)} images {int(all_draws['weak'].sum())} stand under the weaker, "
               f"{int(all_draws['strong'].sum())} under the stronger")
@@ -430,14 +462,16 @@ def _noticed(name, attack, rows):
     """What an attack noticed of itself, as checks of its own."""
     autoattack, flags = attack.optimiser in ("autoattack", "square") and not attack.foreign, _flags(rows)
     if attack.foreign:
-        yield f"{name}: the attack's own flags", "not run", f"{type(attack).__name__} is not ours: what it notes is its affair"
+        yield (f"{name}: the attack's own flags", "not run",
+               f"{type(attack).__name__} is not ours: what it notes is its affair")
     elif attack.optimiser == "pgd" and attack.eps_255 > 0:
         bad, steps = rows.groupby("index")["bad_gradients"].first(), attack.n_steps * attack.n_restarts
         yield (f"{name}: gradient neither zero nor NaN", _verdict((bad == 0).all()),
                f"{int((bad > 0).sum())} of {len(bad)} images had one in {steps} steps")
     if autoattack:
         together = f", each flag that of a block of {attack.block}" * (attack.block > 1)
-        yield f"{name}: AutoAttack's own flags", _verdict(not flags), flags + together if flags else f"none on {rows['index'].nunique()} images"
+        none = f"none on {rows['index'].nunique()} images"
+        yield f"{name}: AutoAttack's own flags", _verdict(not flags), flags + together if flags else none
     elif flags:
         yield f"{name}: flags of its rows", "warn", flags
 
@@ -451,7 +485,8 @@ def _doubled(attacks, right, names):
     if both.empty:
         return what, "too few images", "no image is in both"
     gap = 100 * (a[both].mean() - b[both].mean())
-    return what, _verdict(abs(gap) <= 5, len(both)), f"{gap:+.1f} points lower with {steps[1]} steps than with {steps[0]}, {len(both)} images"
+    return (what, _verdict(abs(gap) <= 5, len(both)),
+            f"{gap:+.1f} points lower with {steps[1]} steps than with {steps[0]}, {len(both)} images")
 
 
 def mcnemar(first, second):
@@ -459,7 +494,8 @@ def mcnemar(first, second):
     from scipy.stats import binomtest
     first, second = _truths(first), _truths(second)
     if len(first) != len(second) or not first:
-        raise ValueError(f"{len(first)} images of the first and {len(second)} of the second; expected as many, and at least one")
+        raise ValueError(f"{len(first)} images of the first and {len(second)} of the second; "
+                         "expected as many, and at least one")
     b = sum(f and not s for f, s in zip(first, second))
     c = sum(s and not f for f, s in zip(first, second))
     return b, c, float(binomtest(b, b + c).pvalue) if b + c else 1.0
@@ -471,11 +507,12 @@ def mcnemar(first, second):
 def save_table(table, folder, name, tex=None):
     """`name`.csv, .md and .tex below `folder`, each written whole; returns the table, to be shown.
 
-    tex: what the LaTeX shows in the table's place, as a page is narrower than a screen. It needs booktabs alone and is as wide as
-    the text of an article, or less. Markdown and LaTeX show all text as it is, with nothing in it obeyed.
+    tex: what the LaTeX shows in the table's place, as a page is narrower than a screen. It needs booktabs
+    alone and is as wide as the text of an article, or less. Markdown and LaTeX show all text as it is, with
+    nothing in it obeyed.
     """
-    folder = Path(folder)
-    texts = {"csv": table.to_csv(), "md": _markdown(table.reset_index()), "tex": _latex((table if tex is None else tex).reset_index())}
+    folder, tex = Path(folder), table if tex is None else tex
+    texts = {"csv": table.to_csv(), "md": _markdown(table.reset_index()), "tex": _latex(tex.reset_index())}
     folder.mkdir(parents=True, exist_ok=True)
     for ending, text in texts.items():
         write_whole(folder / f"{name}.{ending}", text.encode("utf-8", "backslashreplace"))
@@ -491,13 +528,14 @@ def _markdown(table):
     def escape(cell):
         return re.sub(r"[\\`|<$]|\](?=\()", r"\\\g<0>", _plain(cell)) if isinstance(cell, str) else cell
     shown = table.map(escape).set_axis([escape(str(column)) for column in table], axis=1)
-    words = [k for k in range(shown.shape[1]) if shown.iloc[:, k].map(lambda cell: isinstance(cell, str)).any()]
-    return shown.to_markdown(index=False, disable_numparse=words) + "\n"        # or the text "007" would be the number 7
+    text = [k for k in range(shown.shape[1]) if any(isinstance(cell, str) for cell in shown.iloc[:, k])]
+    return shown.to_markdown(index=False, disable_numparse=text) + "\n"         # or the text "007" would be the number 7
 
 
 TEXT_WIDTH, GAP = 345, 3            # points: an article's text at 10 pt, and half of what lies between two columns
-TEX = str.maketrans({"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}",
-                     ">": r"\textgreater{}", "|": r"\textbar{}", "–": "--"} | {c: f"\\{c}" for c in "&%$#_{}"})
+TEX = str.maketrans({"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "–": "--",
+                     "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}"}
+                    | {c: f"\\{c}" for c in "&%$#_{}"})
 
 
 def _tex_plain(cell):
@@ -509,11 +547,12 @@ def _tex_plain(cell):
 
 def _points(text):
     """About how wide a text is in footnotesize, and rather more than less."""
-    return 4.5 * len(text) + 2.5 * sum(map(str.isupper, text)) + 2.5 * sum(text.count(wide) for wide in "MWmwÆ%—…")
+    wider = sum(map(str.isupper, text)) + sum(text.count(wide) for wide in "MWmwÆ%—…")
+    return 4.5 * len(text) + 2.5 * wider
 
 
 def _tex_cell(text, width):
-    """The cell for a column of `width` points: intervals small; a word too long for it may be broken, where nothing else helps."""
+    """The cell for a column of `width` points: intervals small; a word too long for it may be broken."""
     def word_in_tex(word):
         if re.fullmatch(r"\([\d.]+–[\d.]+\),?", word):
             return rf"{{\scriptsize {word.translate(TEX)}}}"
@@ -523,25 +562,26 @@ def _tex_cell(text, width):
 
 
 def _latex(table):
-    """A tabular in footnotesize whose columns share the width of a text: each has what it needs, the long ones an equal part of the rest."""
+    """A tabular in footnotesize, as wide as a text: each column has what it needs, long ones an equal part of the rest."""
     lines = [[_tex_plain(cell) for cell in line] for line in (table.columns, *table.itertuples(index=False, name=None))]
     columns = list(zip(*lines))
-    needs = [max(map(_points, [*cells[1:], *cells[0].split()]), default=9) for cells in columns]      # a heading may take several lines
+    needs = [max(map(_points, [*cells[1:], *cells[0].split()]), default=9) for cells in columns]    # a heading may be wrapped
     left, widths = TEXT_WIDTH - 2 * GAP * (len(needs) - 1), [0] * len(needs)
     for waiting, k in zip(range(len(needs), 0, -1), sorted(range(len(needs)), key=needs.__getitem__)):
         widths[k] = math.floor(min(needs[k] + 1, left / waiting))
         left -= widths[k]
     rows = [" & ".join(_tex_cell(*cell) for cell in zip(line, widths)) + r" \tabularnewline" for line in lines]
     spec = "".join(f"p{{{width}pt}}" for width in widths)
-    return "\n".join([r"\begingroup\footnotesize\setlength{\tabcolsep}{" + f"{GAP}pt" + r"}\exhyphenpenalty=1000", r"\begin{tabular}{@{}" + spec + "@{}}",
-                      r"\toprule", rows[0], r"\midrule", *rows[1:], r"\bottomrule", r"\end{tabular}\endgroup", ""])
+    return "\n".join([r"\begingroup\footnotesize\exhyphenpenalty=1000\setlength{\tabcolsep}{%dpt}%%" % GAP,
+                      r"\begin{tabular}{@{}" + spec + "@{}}", r"\toprule", rows[0], r"\midrule", *rows[1:], r"\bottomrule",
+                      r"\end{tabular}\endgroup", ""])
 
 
 # ---------------------------------------------------------------- figures, whose texts may be captions
 
 
 def style():
-    """The look of every figure: seaborn's colour-blind palette, white ground, no chart junk. Of a table shown, no text is cut."""
+    """The look of every figure: seaborn's colour-blind palette, white ground, no chart junk. No text of a table is cut."""
     import matplotlib.pyplot as plt
     import seaborn as sns
     sns.set_theme(context="notebook", style="ticks", palette="colorblind", rc={"axes.spines.top": False, "axes.spines.right": False})
@@ -550,7 +590,7 @@ def style():
 
 
 def save_figure(figure, folder, name):
-    """`name`.png and .pdf below `folder`, each written whole; the same file for the same figure, without a date."""
+    """`name`.png and .pdf below `folder`, each written whole; the same for the same figure, without a date."""
     folder, files = Path(folder), {"png": io.BytesIO(), "pdf": io.BytesIO()}
     figure.savefig(files["png"], format="png", metadata={"Software": None})
     figure.savefig(files["pdf"], format="pdf", metadata={"CreationDate": None})
@@ -630,7 +670,7 @@ def accuracy_figure(entries, title):
         if printed:
             axis.scatter(*zip(*printed), marker="D", s=26, facecolor="white", edgecolor=colour, linewidth=1.5, zorder=3,
                          label=f"{name}, the paper's")
-    _name_bars(axis, [row["method"] + (f" | {row['attack']}" if row["attack"] else "") + ", flagged" * bool(row.get("flags"))
+    _name_bars(axis, [row["method"] + f" | {row['attack']}" * bool(row["attack"]) + ", flagged" * bool(row.get("flags"))
                       for row in entries])
     axis.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
     axis.set_title(_wrapped(title, 80), fontsize=11, loc="left", parse_math=False)
@@ -640,7 +680,8 @@ def accuracy_figure(entries, title):
 def with_paper(table, rows, profile, images):
     """`rows` for a figure, with the paper's numbers for the same method and attack, and the paper's rows that were not run.
 
-    Where the images are not the paper's, `rows` alone: its numbers would stand beside what they are not comparable with.
+    Where the images are not the paper's, `rows` alone: its numbers would stand beside what they are not
+    comparable with.
     """
     ours, out = _by_row(rows), []
     if _unlike(table, profile, images) == "other data":

@@ -62,15 +62,17 @@ def test_a_missing_draw_is_no_zero():
         report.accuracy(rows_of(MATRIX), how="best")
 
 
-@pytest.mark.parametrize("flags", [[float("nan")], [True, float("nan")], [True, 2], [1, 0], ["x"], [None], [], True, "yes", [[True]],
-                                   torch.tensor([1, 0]), np.array([0.5]), pd.Series([True, pd.NA], dtype="boolean")], ids=str)
+@pytest.mark.parametrize("flags", [
+    [float("nan")], [True, float("nan")], [True, 2], [1, 0], ["x"], [None], [], True, "yes", [[True]], torch.tensor([1, 0]),
+    np.array([0.5]), pd.Series([True, pd.NA], dtype="boolean")], ids=str)
 def test_a_share_is_one_of_true_and_false_alone(flags):
     with pytest.raises(ValueError, match="expected"):
         report.share(flags)
 
 
-@pytest.mark.parametrize("flags", [[True, np.False_], torch.tensor([True, False]), list(torch.tensor([True, False])), np.array([True, False]),
-                                   (True, False), pd.Series([True, False], index=[5, 5]), pd.Series([True, False], dtype="boolean")], ids=str)
+@pytest.mark.parametrize("flags", [
+    [True, np.False_], torch.tensor([True, False]), list(torch.tensor([True, False])), np.array([True, False]), (True, False),
+    pd.Series([True, False], index=[5, 5]), pd.Series([True, False], dtype="boolean")], ids=str)
 def test_a_share_takes_true_and_false_as_libraries_hand_them_out(flags):
     assert (report.share(flags)["k"], report.share(flags)["n"]) == (1, 2)
 
@@ -109,7 +111,8 @@ def test_a_caption_alone_is_right_where_it_names_one_class_and_that_the_true_one
 
 def on_paper_data(table, **fields):
     """(profile, images) of the paper's own models, data set and images."""
-    images = SimpleNamespace(official=fields.pop("official", True), source="all 7 images in imagenet/val by path sha256 0f; rows 0 to 6 sha256 1e")
+    source = "all 7 images in imagenet/val by path sha256 0f; rows 0 to 6 sha256 1e"
+    images = SimpleNamespace(official=fields.pop("official", True), source=source)
     return dataclasses.replace(get_profile("paper", table), **fields), images
 
 
@@ -146,10 +149,12 @@ def test_with_other_models_or_data_than_the_papers_no_number_is_held_against_it(
     report.write_results(tmp_path, table, own, *here, {})
     (entry,) = json.loads((tmp_path / "results.json").read_text())[f"table {table}"]["rows"]
     kept = verdict == "other models"
-    assert (entry["papers_number"], entry["dataset"], entry["official_images"]) == (verdict, here[0].dataset, here[1].official)
+    assert (entry["papers_number"], entry["dataset"]) == (verdict, here[0].dataset)
+    assert entry["official_images"] == here[1].official
     assert (entry["reported"] is not None) == (entry["reported_clean_acc"] is not None) == kept
     shown = report.with_paper(table, own, *here)
-    assert any(row.get("paper robust") for row in shown) == kept and len(shown) == (len(report.paper_numbers(table)) if kept else 1)
+    assert any(row.get("paper robust") for row in shown) == kept
+    assert len(shown) == (len(report.paper_numbers(table)) if kept else 1)
     figure = report.accuracy_figure(shown, report.heading(here[0], table, here[1]))
     assert any("the paper's" in text.get_text() for text in figure.axes[0].get_legend().get_texts()) == kept        # diamonds
 
@@ -162,10 +167,12 @@ def test_every_row_and_title_says_which_images_they_are():
     assert table.loc[("Yoon et al.*", "PGD"), "data here"] == "not run"
     assert report.heading(SMALL, 2, small[1]) == "Table 2, profile small, CIFAR-10 (in the paper: CIFAR-100)"
     assert report.heading(SMALL, 1, small[1]) == "Table 1, profile small, CIFAR-10, other models than the paper's"
-    assert report.heading(get_profile("paper"), 1, small[1]) == "Table 1, profile paper, CIFAR-10" and report.heading(TOY) == "profile toy, drawn scenes"
+    assert report.heading(get_profile("paper"), 1, small[1]) == "Table 1, profile paper, CIFAR-10"
+    assert report.heading(TOY) == "profile toy, drawn scenes"
     found = report.beside_paper(4, [ours(robust=report.share([True]), attack="AA")], *on_paper_data(4, official=False))
     which = "ImageNet, not the paper's images but all 7 images in imagenet/val by path; rows 0 to 6"
-    assert found.loc[("LGAP", "AA"), "data here"] == which and which in report.heading(*on_paper_data(4)[:1], 4, on_paper_data(4, official=False)[1])
+    profile, images = on_paper_data(4, official=False)
+    assert found.loc[("LGAP", "AA"), "data here"] == which and which in report.heading(profile, 4, images)
     assert set(report.ladder({"any": (NATURAL, rows_of(MATRIX))}, profile=SMALL)["data"]) == {"CIFAR-10"}
 
 
@@ -183,16 +190,18 @@ def test_rows_of_the_paper_that_nobody_ran_say_so():
     assert ("Yoon et al. (sigma = 0.25)*", "BPDA 40+EOT") in table.index
 
 
-CAPTION = ["", "a cat", "$\\frac{1$", "a | b", "two\nlines\r\nand\ttabs", "<script>alert(1)</script>", "\\input{/etc/passwd} \\write18{ls}",
-           "100 % & #1_x {y} ~^", "}{\\end{tabular}", "[2pt] first", "* starred", "a [link](javascript:x)", "`code` \\| \\", "007", "1e5", "nan",
-           "\U0001f600 \u732b \u202egnp.exe", "\x00\x07\x1b[31m", "W" * 10_000, "word " * 300, "caf\u00e9 \u00d8 \u00df \u00f0 \u2013 \u201cq\u201d"]
+CAPTION = [
+    "", "a cat", "$\\frac{1$", "a | b", "two\nlines\r\nand\ttabs", "<script>alert(1)</script>", "\\input{/etc/passwd} \\write18{ls}",
+    "100 % & #1_x {y} ~^", "}{\\end{tabular}", "[2pt] first", "* starred", "a [link](javascript:x)", "`code` \\| \\", "007", "1e5",
+    "nan", "\U0001f600 \u732b \u202egnp.exe", "\x00\x07\x1b[31m", "W" * 10_000, "word " * 300,
+    "caf\u00e9 \u00d8 \u00df \u00f0 \u2013 \u201cq\u201d"]
 
 
 def of_captions():
     """A table that has them as cells, as its index, as names of columns and of the index."""
     names = [f"{k} {caption}" for k, caption in enumerate(CAPTION)]
-    table = pd.DataFrame({"caption": CAPTION, "again": CAPTION[::-1], "n": range(len(CAPTION))}, index=pd.Index(names, name=CAPTION[7]))
-    return table.rename(columns={"again": CAPTION[2]})
+    columns = {"caption": CAPTION, CAPTION[2]: CAPTION[::-1], "n": range(len(CAPTION))}
+    return pd.DataFrame(columns, index=pd.Index(names, name=CAPTION[7]))
 
 
 def test_tables_are_written_in_three_forms_that_hold_the_same(tmp_path):
@@ -201,7 +210,7 @@ def test_tables_are_written_in_three_forms_that_hold_the_same(tmp_path):
     back = pd.read_csv(tmp_path / "t.csv", dtype=str, keep_default_na=False)
     assert list(back["attack"]) == list(table.index.get_level_values("attack"))
     tex = (tmp_path / "t.tex").read_text()
-    body = re.sub(r"\\(?:textbackslash|[a-z]+)\s?", "", tex).replace("=1000%", "")
+    body = re.sub(r"\\(?:textbackslash|[a-z]+)\s?", "", tex).replace("pt}%", "")
     assert tex.count("\\begin{tabular}") == tex.count("\\end{tabular}") == 1 and "multirow" not in tex
     assert r"a \& b\_c" in tex and "\\input{x}" not in tex and not re.search(r"(?<!\\)[#$]|(?<!\\)%", body)
     assert "Yoon" not in tex and "data here" in tex                              # the narrow one: what was run, and on what
@@ -214,7 +223,7 @@ def test_nothing_in_a_cell_or_a_name_is_obeyed(tmp_path):
     back = pd.read_csv(tmp_path / "t.csv", dtype=str, keep_default_na=False, lineterminator=None, engine="python")
     assert list(back["caption"].str.replace("\r", ""))[:17] == [c.replace("\r", "") for c in CAPTION[:16]] + [CAPTION[16]]
     tex, md = ((tmp_path / f"t.{ending}").read_text() for ending in ("tex", "md"))
-    assert not re.search(r"\\(?:frac|input|write|end\{tabular\}(?!\\endgroup))", tex) and tex.isprintable() is False
+    assert not re.search(r"\\(?:frac|input|write|end\{tabular\}(?!\\endgroup))", tex)
     assert all(c.isprintable() or c == "\n" for c in tex + md)
     lines = [line for line in tex.splitlines() if line.endswith("\\tabularnewline")]
     assert len(lines) == len(CAPTION) + 1 and {len(re.findall(r"(?<!\\)&", line)) for line in lines} == {3}
@@ -238,8 +247,8 @@ def test_latex_compiles_with_booktabs_alone_and_is_no_wider_than_the_text(which,
     audit = report.audit({"a rather long name, 16/255": (ATTACK, rows_of(MATRIX)), "another one": (STRONGER, rows_of(MATRIX))},
                          stronger=[("a rather long name, 16/255", "another one")])
     ladder = report.ladder({"full gradient PGD-20+EOT": (ATTACK, rows_of([[0]] * 99))}, profile=SMALL)
-    beside = report.beside_paper(3, [ours(report.share([True] * 99), report.share([True] * 99), method="Gaussian blur, classifier as it came")],
-                                 *on_paper_data(3))
+    all_of = report.share([True] * 99)
+    beside = report.beside_paper(3, [ours(all_of, all_of, method="Gaussian blur, classifier as it came")], *on_paper_data(3))
     shares = pd.DataFrame({("fine-tuned", "none"): report.share([True]), ("fine-tuned", "LGAP"): report.share([True])}).T
     table = {"captions": of_captions(), "plain": pd.DataFrame({"a": [1, 2.5]}), "beside": report.narrow(beside), "audit": audit,
              "ladder": ladder.drop(columns=["majority, %", "draws", "flags", "protocol"]), "share": shares.loc["fine-tuned"],
@@ -251,7 +260,7 @@ def test_latex_compiles_with_booktabs_alone_and_is_no_wider_than_the_text(which,
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, errors="replace", timeout=120)
     assert done.returncode == 0, done.stdout[-1500:]
     over = [float(points) for points in re.findall(r"Overfull \\hbox \(([\d.]+)pt", done.stdout)]
-    assert max(over, default=0) < 3, done.stdout
+    assert max(over, default=0) < 1, done.stdout
     assert "Missing character" not in (tmp_path / "page.log").read_text(errors="replace")
 
 
@@ -381,7 +390,8 @@ def test_a_distance_that_is_not_known_is_not_inside():
 def test_what_has_no_rows_is_named_with_what_there_is():
     rows = pd.concat([rows_of(MATRIX), rows_of(MATRIX, defence="other")]).assign(caption="", caption_clean="")
     no_such = r"no rows of the defence 'LGAB'; there are rows of \['LGAP', 'other'\]"
-    for what in (lambda: report.audit({"blind": (ATTACK, rows)}, defence="LGAB"), lambda: report.ladder({"blind": (ATTACK, rows)}, defence="LGAB"),
+    for what in (lambda: report.audit({"blind": (ATTACK, rows)}, defence="LGAB"),
+                 lambda: report.ladder({"blind": (ATTACK, rows)}, defence="LGAB"),
                  lambda: report.paired(rows, "LGAP", "LGAB"), lambda: report.caption_readers(rows, ["cat"], "LGAB"),
                  lambda: report.entries(rows, ATTACK, {"LGAB": ("LGAB", "")})):
         with pytest.raises(ValueError, match=no_such):
@@ -401,7 +411,8 @@ def test_a_flag_marks_the_number_wherever_it_is_shown(tmp_path):
     (entry,) = report.entries(rows, ATTACK, {"LGAP": ("LGAP", "PGD")})
     table = report.beside_paper(1, [entry], *on_paper_data(1))
     row = table.loc[("LGAP", "PGD")]
-    assert row["flags"] == f"2 of 2 images: {flag}" and row["robust here, %"].endswith(", flagged") and "flagged" not in row["natural here, %"]
+    assert row["flags"] == f"2 of 2 images: {flag}" and row["robust here, %"].endswith(", flagged")
+    assert "flagged" not in row["natural here, %"]
     assert (table.drop(index=[("LGAP", "PGD")])["flags"] == "not run").all()
     assert report.narrow(table)["robust here, %"].iloc[0].endswith(", flagged")
     report.write_results(tmp_path, 1, [entry], *on_paper_data(1), {})
