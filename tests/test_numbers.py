@@ -24,10 +24,11 @@ def of(**wanted):
 
 
 def test_the_columns():
-    assert list(ROWS[0]) == ["table", "section", "method", "attack", "architecture", "natural", "robust", "cited", "note"]
+    assert list(ROWS[0]) == ["table", "dataset", "section", "method", "attack", "architecture", "natural", "robust", "cited", "note"]
     assert all(None not in row and None not in row.values() for row in ROWS)         # as many fields in each line
     assert all(value == value.strip() and value.isascii() for row in ROWS for value in row.values())
-    assert {row["table"] for row in ROWS} == set("1234") and {row["cited"] for row in ROWS} == {"yes", "no"}
+    assert {(row["table"], row["dataset"]) for row in ROWS} == {("1", "cifar10"), ("2", "cifar100"), ("3", "cifar10"), ("4", "imagenet")}
+    assert {row["cited"] for row in ROWS} == {"yes", "no"}
     assert {row["section"] for row in ROWS} == {"undefended", "adversarial purification", "adversarial training"}
     assert {row["architecture"] for row in ROWS} == {"WRN-28-10", "ResNet-18", "ResNet-50", "ResNet-56", "ResNet-62", ""}
 
