@@ -257,14 +257,8 @@ def check_folder(out):
     except OSError as error:
         raise OSError(error.errno, f"{show(out)} has no room for results ({os.strerror(error.errno)}); "
                                    "choose another folder with LGAP_OUTPUTS") from error
-    results = out / "results.json"
-    try:
-        whole = not results.exists() or isinstance(json.loads(results.read_text(encoding="utf-8")), dict)
-    except ValueError:
-        whole = False
-    if not whole:
-        raise ValueError(f"{show(results)} is torn or no JSON object; move it away: "
-                         "the notebooks of Tables 1 to 4 write it anew")
+    from .report import check_results
+    check_results(out)
 
 
 def run_all(plan, out):

@@ -1,0 +1,45 @@
+"""Published rows are those that this checkout would make: it accepts them, in the folder where a run would look for them."""
+import json
+from pathlib import Path
+
+import pytest
+
+from lgap_utils import baselines, models
+from lgap_utils.attacks import ATTACKS
+from lgap_utils.data import Images
+from lgap_utils.defense import METHOD
+from lgap_utils.evaluate import described
+from lgap_utils.profiles import get_profile
+from lgap_utils.rows import Rows, difference
+
+PUBLISHED = Path(__file__).resolve().parents[1] / "outputs" / "published" / "small"
+FOLDERS = sorted(file.parent for file in (PUBLISHED / "rows").glob("*/*/config.json"))
+# {folder of an evaluation: (the paper's table whose settings it has, whether its classifier is the fine-tuned one)}
+EVALUATIONS = {"table1_and_3": (1, True), "table1_as_it_came": (1, False), "table2": (2, True), "table4": (4, False)}
+
+
+@pytest.fixture(scope="module")
+def described_here():
+    """{folder of an evaluation: what its defences are, as this checkout loads them}."""
+    found = {}
+    for folder, (table, tuned) in EVALUATIONS.items():
+        profile = get_profile("small", table)
+        classifier = PUBLISHED / f"classifier_{profile.dataset}" if tuned else None
+        defense = models.load_defense(profile, device="cpu", classifier=classifier)
+        found[folder] = {name: described(d) for name, d in baselines.beside(defense, 32).items()}
+    return found
+
+
+def test_there_are_published_rows_of_every_table():
+    assert {folder.parent.name for folder in FOLDERS} >= {"table1_and_3", "table2", "table4"} and len(FOLDERS) > 15
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: f"{folder.parent.name}/{folder.name}")
+def test_the_checkout_accepts_published_rows(folder, described_here):
+    config = json.loads((folder / "config.json").read_text())
+    profile = get_profile("small", EVALUATIONS[folder.parent.name][0])
+    here = json.loads(json.dumps(described_here[folder.parent.name]))
+    assert config["method"] == METHOD and not difference(config["defences"], {name: here[name] for name in config["defences"]})
+    assert (config["seed"], config["n_draws"], config["dataset"]) == (profile.seed, profile.n_draws, profile.dataset)
+    table = Rows(folder, config, ("index", "defence", "draw")).read()
+    assert len(table) and table["inside"].all() and set(table["defence"]) == set(config["defences"])
