@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .files import write_whole
+from .files import one_writer, write_whole
 from .profiles import ROOT
 
 # A check that counts images says next to nothing on fewer: of 10 that all stand, the 95 % interval begins at 72 %.
@@ -347,7 +347,7 @@ def write_results(folder, table, rows, profile, images, provenance):
     only where the images are the paper's. Written whole; nothing but times and versions changes from run to
     run. Raises ValueError as `check_results` does.
     """
-    file, results = Path(folder) / "results.json", check_results(folder)
+    check_results(folder)
     unlike = _unlike(table, profile, images)
     paper = _by_row(paper_numbers(table).to_dict("records"))
     value = lambda found, key: None if found is None else found[key]
@@ -369,9 +369,9 @@ def write_results(folder, table, rows, profile, images, provenance):
         if row.get("whole") and "AutoAttack" in row["protocol"]:        # RobustBench means the model as it is deployed, not a transfer
             entry["autoattack_acc"] = entry["robust_acc"]
         entries.append(entry)
-    results[f"table {table}"] = {"provenance": provenance, "rows": entries}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(file, (json.dumps(results, indent=1, sort_keys=True) + "\n").encode())
+    with one_writer(Path(folder) / "tables", wait=True):        # of two notebooks at once, neither loses the other's table
+        results = check_results(folder) | {f"table {table}": {"provenance": provenance, "rows": entries}}
+        write_whole(Path(folder) / "results.json", (json.dumps(results, indent=1, sort_keys=True) + "\n").encode())
 
 
 # ---------------------------------------------------------------- does the evaluation hold?
@@ -572,7 +572,7 @@ def _latex(table):
         left -= widths[k]
     rows = [" & ".join(_tex_cell(*cell) for cell in zip(line, widths)) + r" \tabularnewline" for line in lines]
     spec = "".join(f"p{{{width}pt}}" for width in widths)
-    return "\n".join([r"\begingroup\footnotesize\exhyphenpenalty=1000\setlength{\tabcolsep}{%dpt}%%" % GAP,
+    return "\n".join([r"\begingroup\footnotesize\exhyphenpenalty=1000\setlength{\tabcolsep}{" + f"{GAP}pt}}%",
                       r"\begin{tabular}{@{}" + spec + "@{}}", r"\toprule", rows[0], r"\midrule", *rows[1:], r"\bottomrule",
                       r"\end{tabular}\endgroup", ""])
 
