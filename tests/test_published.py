@@ -5,8 +5,6 @@ from pathlib import Path
 import pytest
 
 from lgap_utils import baselines, models
-from lgap_utils.attacks import ATTACKS
-from lgap_utils.data import Images
 from lgap_utils.defense import METHOD
 from lgap_utils.evaluate import described
 from lgap_utils.profiles import get_profile
