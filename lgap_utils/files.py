@@ -141,14 +141,11 @@ def check(path, source, name, again, digest=True, kept=True):
         start = f.read(512).lstrip().lower()
     if start.startswith((b"<!doctype", b"<html", b"<?xml")):
         raise CheckpointError(f"{path} is a web page and not the file: the server answered with an error or a form{wanted}; {again}")
-    if size not in (None, there):
-        raise CheckpointError(f"{path} is damaged: {there:,} bytes{wanted}; {again}")
-    if not digest:
-        return known
-    found = sha256(path)
-    if expected and found != expected:
-        raise CheckpointError(f"{path} is damaged: {there:,} bytes, sha256 {found[:16]}...{wanted}; {again}")
-    if not _as_named(path, found):
+    found = sha256(path) if digest else None
+    if size not in (None, there) or (found and expected and found != expected):
+        seen = f"sha256 {found[:16]}..., " if found else ""
+        raise CheckpointError(f"{path} is damaged: {seen}{there:,} bytes{wanted}; {again}")
+    if found and not _as_named(path, found):
         raise CheckpointError(f"{path} is damaged: sha256 {found[:16]}..., expected what the hub called {os.readlink(path)}; {again}")
     return {"sha256": found, "size": there}
 

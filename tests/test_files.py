@@ -71,7 +71,7 @@ def test_a_digest_is_recorded_after_its_model_has_loaded_and_checked_ever_after(
     assert locked("here@1")["weights.bin"] == entry and not capsys.readouterr().out         # what is known stays
     assert check(file, "here@1", "weights.bin", "fetch it again") == entry
     file.write_bytes(b"other")
-    with pytest.raises(CheckpointError, match=f"{file} is damaged: 5 bytes, sha256 .*, expected 5 bytes, expected sha256 .*; "
+    with pytest.raises(CheckpointError, match=f"{file} is damaged: sha256 .*, 5 bytes, expected 5 bytes, expected sha256 .*; "
                                               f"delete {file}, then fetch it again"):
         check(file, "here@1", "weights.bin", "fetch it again")
     assert locked("here@2") == {}
@@ -82,7 +82,7 @@ def test_a_size_that_is_known_is_compared_while_the_digest_is_not(tmp_path, leng
     (tmp_path / "lock.json").write_text(json.dumps({"here@1": {"weights.bin": {"sha256": None, "size": 5}}}))
     file = tmp_path / "weights.bin"
     file.write_bytes(b"x" * length)
-    with pytest.raises(CheckpointError, match=f"is damaged: {length} bytes, expected 5 bytes; delete {file}, then fetch it again"):
+    with pytest.raises(CheckpointError, match=f"is damaged: (sha256 .*, )?{length} bytes, expected 5 bytes; delete {file}, then fetch it again"):
         check(file, "here@1", "weights.bin", "fetch it again", digest)
 
 
@@ -209,7 +209,7 @@ def test_a_spoilt_file_in_the_hubs_cache_is_refused_by_name(blip, tmp_path, faul
 
 
 def test_what_no_cache_holds_is_refused_in_a_sentence(tmp_path):
-    with pytest.raises(CheckpointError, match="Salesforce/.* could not be fetched .*: HF_HUB_OFFLINE is set, and the cache lacks it; unset"):
+    with pytest.raises(CheckpointError, match="Salesforce/.* could not be fetched .*: HF_HUB_OFFLINE is set, and the cache lacks it"):
         models.load_captioner(REPOSITORY)
     with pytest.raises(CheckpointError, match="'someone/else' is a hub id without a revision"):
         models.load_captioner("someone/else")
@@ -309,8 +309,8 @@ def saved(state, **how):
 def test_a_pickle_that_no_digest_is_known_of_runs_nothing(standard, tmp_path, what):
     """torch's own words for it, which advise to switch the protection off, are neither passed on nor chained to the error."""
     standard.write_bytes(PICKLES[what](Bomb(tmp_path / "exploded")))
-    with pytest.raises(CheckpointError, match=f"{standard} is refused: it is damaged, or holds more than tensors, .*; delete {standard}, then "
-                                              "fetch it again, or put it there by hand"):
+    with pytest.raises(CheckpointError, match=f"{standard} is refused: it is damaged, or holds more than tensors, .*; delete {standard}, "
+                                              "then fetch it again, or put it there by hand"):
         models.load_classifier(ENTRY, device="cpu")
     assert not (tmp_path / "exploded").exists() and json.loads((tmp_path / "lock.json").read_text()) == {}
     try:
@@ -453,12 +453,10 @@ PARTS = {"captioner": ("model.safetensors", "pytorch_model"), "vae": ("diffusion
          "unet": ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model"), "text_encoder": ("model.safetensors", "pytorch_model")}
 
 
-@pytest.mark.parametrize("part", PARTS)
-@pytest.mark.parametrize("layout", ["whole", "in parts"])
+# a captioner's single pickle is the one that is converted here, by a loader of our own
+@pytest.mark.parametrize("part, layout", [("captioner", "in parts"), *((part, how) for part in ("vae", "unet", "text_encoder")
+                                                                       for how in ("whole", "in parts"))])
 def test_weights_that_are_pickles_alone_are_refused_unopened(profile, tmp_path, monkeypatch, part, layout):
-    """A captioner's single pickle is the one that is converted here, by a loader of our own."""
-    if (part, layout) == ("captioner", "whole"):
-        return
     monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("a pickle was opened"))
     name = "captioner" if part == "captioner" else "diffusion"
     folder = tmp_path / "model"
@@ -522,7 +520,8 @@ def test_weights_of_another_size_are_told_by_name(profile, tmp_path, part):
     (TimeoutError("timed out"), "no answer came in time"), (ConnectionRefusedError(111, "refused"), "it cannot be reached"),
     (urllib.error.HTTPError("http://a", 404, "Not Found", {}, None), "it is not there (HTTP 404)"),
     (urllib.error.URLError("no host"), "it cannot be reached"), (requests.exceptions.ConnectTimeout("x"), "no answer came in time"),
-    (requests.exceptions.ProxyError("x"), "the proxy does not let it through"), (requests.exceptions.ChunkedEncodingError("x"), "broke off"),
+    (requests.exceptions.ProxyError("x"), "the proxy does not let it through"),
+    (requests.exceptions.ChunkedEncodingError("x"), "the connection broke off"),
     (RuntimeError("first line\nsecond line"), "RuntimeError: first line")], ids=lambda value: type(value).__name__)
 def test_every_kind_of_failure_has_its_reason(error, words):
     for each in (error, wrapped(error)):

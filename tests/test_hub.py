@@ -426,16 +426,16 @@ def test_the_doctor_agrees_with_the_loader_about_the_cache(hub, tmp_path, damage
 
 # ---------------------------------------------------------------- as a user calls it
 
-def test_the_environment_alone_is_enough(hub, tmp_path, published):
-    """HF_ENDPOINT and an empty HF_HOME, in a process of its own: doctor, load, doctor."""
+def test_the_environment_alone_is_enough(hub, tmp_path):
+    """HF_ENDPOINT and an empty HF_HOME, in a process of its own: doctor, fetch, doctor."""
     script = f"""
-from lgap_utils import doctor, models
+from lgap_utils import doctor, files
 from lgap_utils.profiles import PAPER
 look = lambda: [c.state for c in doctor.examine("toy", captioner=PAPER.captioner, dataset="toy") if c.what == "captioner"]
-print(look(), type(models.load_captioner({BLIP!r}, device="cpu")).__name__, look())
+print(look(), len(files.snapshot({BLIP!r}, {REVISIONS[BLIP]!r}, ["*"])[1]), look())
 """
     env = os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
     env.pop("LGAP_CACHE")
     ran = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=env, capture_output=True, text=True)
-    assert ran.stdout.splitlines()[-1:] == ["['to fetch'] Captioner ['ok']"], ran.stdout + ran.stderr
+    assert ran.stdout.splitlines()[-1:] == [f"['to fetch'] {len(locked(SOURCE))} ['ok']"], ran.stdout + ran.stderr
     assert list((tmp_path / "home" / "hub").glob("models--*"))
