@@ -82,7 +82,7 @@ def test_a_size_that_is_known_is_compared_while_the_digest_is_not(tmp_path, leng
     (tmp_path / "lock.json").write_text(json.dumps({"here@1": {"weights.bin": {"sha256": None, "size": 5}}}))
     file = tmp_path / "weights.bin"
     file.write_bytes(b"x" * length)
-    with pytest.raises(CheckpointError, match=f"is damaged: (sha256 .*, )?{length} bytes, expected 5 bytes; delete {file}, then fetch it again"):
+    with pytest.raises(CheckpointError, match=f"is damaged: (sha256 .*, )?{length} bytes, expected 5 bytes; delete {file}, then fetch"):
         check(file, "here@1", "weights.bin", "fetch it again", digest)
 
 
