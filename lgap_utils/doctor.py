@@ -140,12 +140,15 @@ def _network(wanted, silent):
     if files.offline():
         return Check("network", "note", "HF_HUB_OFFLINE is set: nothing will be fetched")
     hosts = dict.fromkeys(item.host for item in wanted)
-    said = ", ".join(f"{host} is out of reach: {silent[host]}" if host in silent else f"{host} answers" for host in hosts)
-    return Check("network", "note" if silent else "ok", said)
+    said = [f"{host} is out of reach: {silent[host]}" if host in silent else f"{host} answers" for host in hosts]
+    return Check("network", "note" if silent else "ok", ", ".join(said))
 
 
 def _ask(wanted):
-    """({address: why a file that is absent would not be sent, or ""}, {host: why} of those that gave no answer, which are asked once)."""
+    """({address: why a file that is absent would not be sent, or ""}, {host: why} of those that gave no answer).
+
+    A host that gives none is asked once.
+    """
     refused, silent = {}, {}
     for item in wanted:
         refused[item.url] = silent.get(item.host, "")
@@ -210,8 +213,8 @@ def _model(what, name, revision, needed):
     if (pickle := folder / "pytorch_model.bin").is_file():
         there.setdefault("model.safetensors", pickle)           # the captioner's loader converts it
     get = f"python checkpoints/make.py {made[1]}" if made else "a whole copy of the folder"
-    return Item(what, name, folder, dict.fromkeys(needed), there, get, "", lambda: f"digests checked: {len(files.verify(folder))}",
-                lambda: files.verify(folder, digest=False))
+    return Item(what, name, folder, dict.fromkeys(needed), there, get, "",
+                lambda: f"digests checked: {len(files.verify(folder))}", lambda: files.verify(folder, digest=False))
 
 
 def _shards(folder, file):
@@ -220,7 +223,8 @@ def _shards(folder, file):
     if (folder / file).is_file() or not index.is_file():
         return [file]
     try:
-        return sorted({str(Path(file).with_name(shard)) for shard in json.loads(index.read_text())["weight_map"].values()})
+        listed = json.loads(index.read_text())["weight_map"].values()
+        return sorted({str(Path(file).with_name(shard)) for shard in listed})
     except (ValueError, KeyError, AttributeError, TypeError):
         raise files.CheckpointError(f"{index} is damaged: it lists no files; copy the folder again") from None
 
@@ -249,7 +253,8 @@ def _on_hub(what, repository, revision, needed, kind="model", folder=None, name=
     command = ["hf", "download", repository, "--revision", revision, *("--repo-type", kind) * (kind != "model"), *where]
     get = shlex.join([*command, *(file for file in sizes if file not in there)])
     check = lambda digest: [files.check(path, source, file, "fetch it again", digest) for file, path in there.items()]
-    url = "" if folder else f"{constants.ENDPOINT}/{'datasets/' * (kind == 'dataset')}{repository}/resolve/{revision}/{{}}"
+    page = f"{constants.ENDPOINT}/{'datasets/' * (kind == 'dataset')}{repository}"
+    url = "" if folder else f"{page}/resolve/{revision}/{{}}"
     return Item(what, name or repository, Path(folder or cache), sizes, there, get, url,
                 lambda: f"digests checked: {len(check(True))}", lambda: None if folder else check(False))
 

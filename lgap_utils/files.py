@@ -49,8 +49,9 @@ def verify(folder, again="restore it from the repository, or make it again", dig
     """Check `folder` against the SHA256SUMS in it or in the folder above; {file: digest} of what was checked.
 
     safetensors with a flipped byte load without complaint, so this is the only thing that notices. A user's own folder
-    without a SHA256SUMS is taken as it is: the result is empty. again: what to do about a bad file, for the message.
-    digest: False asks only whether all that is listed is there.
+    without a SHA256SUMS is taken as it is: the result is empty.
+
+    again: what to do about a bad file, for the message. digest: False asks only whether all that is listed is there.
     """
     folder = Path(folder)
     sums = next((p for p in (folder / "SHA256SUMS", folder.parent / "SHA256SUMS") if p.is_file()), None)
@@ -67,7 +68,8 @@ def verify(folder, again="restore it from the repository, or make it again", dig
         if not path.is_file():
             raise CheckpointError(f"{path} is missing, expected sha256 {expected[:16]}...; {again}")
         if digest and (seen := sha256(path)) != expected:
-            raise CheckpointError(f"{path} is damaged: sha256 {seen[:16]}..., expected {expected[:16]}...; {again}")
+            raise CheckpointError(f"{path} is damaged: sha256 {seen[:16]}..., expected {expected[:16]}...; "
+                                  f"{again}")
         found[name] = expected
     if not found and sums.parent == folder:
         raise CheckpointError(f"{sums} lists no file; {again}")
@@ -123,8 +125,9 @@ def offline():
 def check(path, source, name, again, digest=True, kept=True):
     """Refuse the download `path` if it is not the `name` that the lock file knows; raises CheckpointError.
 
-    again: what to do about a bad file, for the message. digest: False looks only at what costs nothing, such as the size. kept: the
-    file stays where it is if it is bad, so that it has to be deleted. Returns its {"sha256", "size"} for `record`.
+    again: what to do about a bad file, for the message. digest: False looks only at what costs nothing, such
+    as the size. kept: a bad file stays where it is, so that it has to be deleted. Returns {"sha256", "size"}
+    of the file, for `record`.
     """
     known = locked(source).get(name, {})
     size, expected = known.get("size"), known.get("sha256")
@@ -132,7 +135,7 @@ def check(path, source, name, again, digest=True, kept=True):
     wanted += f", expected sha256 {expected[:16]}..." if expected else ""
     if not path.is_file():
         raise CheckpointError(f"{name} of {source} is missing at {path}{wanted}; {again}")
-    # in the hub's cache `path` is a link: with that alone gone, the next download would find the same bad file again
+    # in the hub's cache `path` is a link; with that alone gone, the next download finds the same bad file again
     again = f"delete {path.resolve()}, then {again}" if kept else again
     there = path.stat().st_size
     if there == 0:
@@ -140,27 +143,33 @@ def check(path, source, name, again, digest=True, kept=True):
     with open(path, "rb") as f:
         start = f.read(512).lstrip().lower()
     if start.startswith((b"<!doctype", b"<html", b"<?xml")):
-        raise CheckpointError(f"{path} is a web page and not the file: the server answered with an error or a form{wanted}; {again}")
+        raise CheckpointError(f"{path} is a web page and not the file: the server answered with an error or a form"
+                              f"{wanted}; {again}")
     found = sha256(path) if digest else None
     if size not in (None, there) or (found and expected and found != expected):
         seen = f"sha256 {found[:16]}..., " if found else ""
         raise CheckpointError(f"{path} is damaged: {seen}{there:,} bytes{wanted}; {again}")
     if found and not _as_named(path, found):
-        raise CheckpointError(f"{path} is damaged: sha256 {found[:16]}..., expected what the hub called {os.readlink(path)}; {again}")
+        raise CheckpointError(f"{path} is damaged: sha256 {found[:16]}..., expected what the hub called "
+                              f"{os.readlink(path)}; {again}")
     return {"sha256": found, "size": there}
 
 
 def _as_named(path, digest):
-    """Whether a file in the hub's cache is what its name there says: a large one has its sha256, a small one what git calls it."""
+    """Whether a file in the hub's cache is what its name there says: its sha256, or for a small one git's sha1."""
     name = os.path.basename(os.readlink(path)) if path.is_symlink() else ""
     if re.fullmatch("[0-9a-f]{40}", name):
-        data = path.read_bytes()            # some mirrors have the plain sha1 in its place
-        return name in (hashlib.sha1(start + data).hexdigest() for start in (f"blob {len(data)}\0".encode(), b""))
+        data = path.read_bytes()
+        starts = (f"blob {len(data)}\0".encode(), b"")         # a mirror may have the plain sha1 in its place
+        return name in [hashlib.sha1(start + data).hexdigest() for start in starts]
     return name == digest or not re.fullmatch("[0-9a-f]{64}", name)
 
 
 def record(source, entries):
-    """Write {file: {"sha256", "size"}} of a source into the lock file, where it knows no digest yet: for a model that has loaded whole."""
+    """Write {file: {"sha256", "size"}} of a source into the lock file, where no digest is known there yet.
+
+    For a model that has loaded whole: half a file would else be the truth for ever.
+    """
     file, lock = lock_file(), _lock()
     known = lock.setdefault(source, {})
     if not (new := {name: entry for name, entry in entries.items() if not known.get(name, {}).get("sha256")}):
@@ -171,14 +180,15 @@ def record(source, entries):
         write_whole(file, (json.dumps(lock, indent=1, sort_keys=True) + "\n").encode())
         print(f"first use of {source}, recorded in {file.name}: {digests}")
     except OSError as error:
-        print(f"first use of {source}, which could not be recorded ({error}); name a file that can be written, with LGAP_LOCK: {digests}")
+        print(f"first use of {source}, which could not be recorded ({error}); name a file that can be written, "
+              f"with LGAP_LOCK: {digests}")
 
 
 def snapshot(repository, revision, patterns):
     """A folder with those files of a hub repository at a fixed revision that fit `patterns`: from the hub's cache, or fetched into it.
 
-    A pickle is fetched only where the lock file names it. Files that the lock file knows must be there, and all are checked: beside the
-    folder comes what `record` takes. Raises CheckpointError.
+    A pickle is fetched only where the lock file names it. Files that the lock file knows must be there, and all
+    are checked. Returns (the folder, what `record` takes). Raises CheckpointError.
     """
     from huggingface_hub import constants, hf_hub_url, snapshot_download, try_to_load_from_cache
     source = f"{repository}@{revision}"
@@ -190,12 +200,14 @@ def snapshot(repository, revision, patterns):
         if folders and (offline() or len(folders) == len(known)):
             folder = folders[0]             # nobody has to be asked
         else:
-            _ask_first(hf_hub_url(repository, next(name for name in (*known, *patterns) if "*" not in name), revision=revision))
-            folder = Path(snapshot_download(repository, revision=revision, allow_patterns=wanted, cache_dir=cache_root()))
+            one = next(name for name in (*known, *patterns) if "*" not in name)
+            _ask_first(hf_hub_url(repository, one, revision=revision))
+            folder = Path(snapshot_download(repository, revision=revision, allow_patterns=wanted,
+                                            cache_dir=cache_root()))
     except Exception as error:          # the hub's client raises many kinds
         cause, remedy = reason(error)
-        raise CheckpointError(f"{source} could not be fetched from {constants.ENDPOINT}/{repository}: {cause}; {remedy}, or name a folder "
-                              "that holds its files in its place") from None
+        raise CheckpointError(f"{source} could not be fetched from {constants.ENDPOINT}/{repository}: {cause}; "
+                              f"{remedy}, or name a folder that holds its files in its place") from None
     there = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
     again = "fetch it again: run this once with the hub in reach and HF_HUB_OFFLINE unset"
     return folder, {name: check(folder / name, source, name, again) for name in sorted(there.union(known))
@@ -203,7 +215,7 @@ def snapshot(repository, revision, patterns):
 
 
 def hub_file(repository, name, revision, kind):
-    """The path of one file in the hub's cache, fetched if it is not there; raises what the hub's client does."""
+    """The path of one file in the hub's cache, fetched if need be; raises what the hub's client does."""
     from huggingface_hub import hf_hub_download, hf_hub_url, try_to_load_from_cache
     found = try_to_load_from_cache(repository, name, cache_root(), revision, kind)
     if not isinstance(found, str):
@@ -213,7 +225,7 @@ def hub_file(repository, name, revision, kind):
 
 
 def _ask_first(url):
-    """As `ask`, before a download: the hub's client waits for minutes, or for ever, for a server that does not answer."""
+    """As `ask`, before a download: the hub's client waits for minutes, or for ever, where no answer comes."""
     try:
         if not offline():
             ask(url)
@@ -227,27 +239,31 @@ def _ask_first(url):
 LOG_IN = "log in with `hf auth login`"
 PROXY = "check the network and its proxy (HTTPS_PROXY, ALL_PROXY)"
 ROOM = "or name another folder with LGAP_CACHE"
-# Names of classes that the hub's client, gdown and what lies below them raise, the particular before the general: (cause, remedy).
+# {class: (cause, remedy)}, by name, the particular before the general: what the hub's client, gdown and requests raise.
 REASONS = {
-    "GatedRepoError": ("it is shown only to those who have accepted its terms", f"accept them on that page and {LOG_IN}"),
+    "GatedRepoError": ("it is shown only to those who have accepted its terms", f"accept them there and {LOG_IN}"),
     "DisabledRepoError": ("the hub has disabled it", "look on that page why"),
     "RevisionNotFoundError": ("this revision is not there, or not any more", "give another commit"),
     "RemoteEntryNotFoundError": ("a file is not there at this revision", "give another commit"),
     "RepositoryNotFoundError": ("no such repository is there, or it is private", f"check its name, or {LOG_IN}"),
     "OfflineModeIsEnabled": ("HF_HUB_OFFLINE is set, and the cache lacks it", "unset that with the hub in reach"),
-    "FileURLRetrievalError": ("Google Drive shows a page in place of the file, as it does when too many have asked", "try again later"),
-    "FileMetadataError": ("what answers is no hub, but for example a network's login page", f"open it in a browser, or {PROXY}"),
+    "FileURLRetrievalError": ("Google Drive shows a page in place of the file, as when too many have asked",
+                              "try again later"),
+    "FileMetadataError": ("what answers is no hub, but for example a network's login page",
+                          f"open it in a browser, or {PROXY}"),
     "ProxyError": ("the proxy does not let it through", PROXY),
-    "TimeoutException": ("no answer came in time", "try again; HF_HUB_ETAG_TIMEOUT and HF_HUB_DOWNLOAD_TIMEOUT are the seconds to wait"),
+    "TimeoutException": ("no answer came in time", "try again, or set HF_HUB_ETAG_TIMEOUT and HF_HUB_DOWNLOAD_TIMEOUT "
+                                                   "to more seconds"),
     "RemoteProtocolError": ("the connection broke off", "try again"),
     "ConnectError": ("it cannot be reached", PROXY),
 }
 ALSO = {"JSONDecodeError": "FileMetadataError", "Timeout": "TimeoutException", "TimeoutError": "TimeoutException",
-        "ChunkedEncodingError": "RemoteProtocolError", "IncompleteRead": "RemoteProtocolError", "NetworkError": "ConnectError",
-        "URLError": "ConnectError", "ConnectionError": "ConnectError"}
+        "ChunkedEncodingError": "RemoteProtocolError", "IncompleteRead": "RemoteProtocolError",
+        "NetworkError": "ConnectError", "URLError": "ConnectError", "ConnectionError": "ConnectError"}
 STATUS = {401: ("the hub does not know your token", f"{LOG_IN} again, or unset HF_TOKEN"),
-          403: ("access is forbidden", f"{LOG_IN} as somebody who may read it"), 404: ("it is not there", "look for it on that page"),
-          407: REASONS["ProxyError"], 429: ("too many requests came from here", f"wait a while, or {LOG_IN}")}
+          403: ("access is forbidden", f"{LOG_IN} as somebody who may read it"),
+          404: ("it is not there", "look for it on that page"), 407: REASONS["ProxyError"],
+          429: ("too many requests came from here", f"wait a while, or {LOG_IN}")}
 
 
 def reason(error):
@@ -267,7 +283,8 @@ def _reason(error):
     named = next((REASONS[name] for name in REASONS if name in names), None)
     status = status_of(error)
     if status and (named is None or named == REASONS["ConnectError"]):        # urllib's is a URLError, too
-        named = STATUS.get(status, ("the server is out of order" if status >= 500 else "the server refuses", "try again later"))
+        other = "the server is out of order" if status >= 500 else "the server refuses"
+        named = STATUS.get(status, (other, "try again later"))
     if named:
         return f"{named[0]} (HTTP {status})" if status else named[0], named[1]
     if not isinstance(error, OSError):
@@ -276,7 +293,7 @@ def _reason(error):
         return f"the disk is full ({error})", f"make room, {ROOM}"
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
         return f"it cannot be written there ({error})", f"make the folder writable, {ROOM}"
-    if "onsistency check" in str(error):            # huggingface_hub's words for a size that is not the one announced
+    if "onsistency check" in str(error):            # huggingface_hub's words for another size than was announced
         return "what came is not as long as was announced", "try again"
     return None
 
@@ -287,7 +304,10 @@ def status_of(error):
 
 
 def ask(url):
-    """Raise what the client does if the file at `url` would not be sent; nothing is fetched. Proxies are those of the environment."""
+    """Raise what the hub's client does if the file at `url` would not be sent; nothing is fetched.
+
+    It goes through the proxy that the environment names, as a download does.
+    """
     from huggingface_hub import constants, get_hf_file_metadata
     from huggingface_hub.errors import FileMetadataError
     from huggingface_hub.utils import get_session

@@ -56,13 +56,16 @@ def device_of(device=None):
 
 # Code that comes with a model is never run, and nobody is asked whether it should be.
 LOCAL = {"local_files_only": True, "trust_remote_code": False}
+# For `_whole`: weights that do not fit are told by their names.
+INFORMED = {"output_loading_info": True, "ignore_mismatched_sizes": True}
 
 
 @contextlib.contextmanager
 def _loading(what, name):
     """Turns whatever a library raises on a bad file into one sentence that names the model.
 
-    Yields `digests`, {source: {file: its digest}}, recorded once the model has loaded whole, and `again`, what to do about bad files.
+    Yields `digests`, {source: {file: its digest}}, which are recorded once the model has loaded whole, and
+    `again`, what to do about bad files.
     """
     read = SimpleNamespace(digests={}, again="")
     try:
@@ -72,21 +75,22 @@ def _loading(what, name):
     except Exception as error:
         again = f"; {read.again}" * bool(read.again)
         if "remote_code" in str(error):         # the library's own words advise to let it run
-            raise CheckpointError(f"cannot load the {what} from {name!r}: its configuration asks for code of its own (auto_map), which is "
-                                  f"never run here{again}") from None
+            raise CheckpointError(f"cannot load the {what} from {name!r}: its configuration asks for code of its own "
+                                  f"(auto_map), which is never run here{again}") from None
         said = " ".join(str(error).split())[:300]
-        raise CheckpointError(f"cannot load the {what} from {name!r}: {type(error).__name__}: {said}{again}") from error
+        said = f"{type(error).__name__}: {said}"
+        raise CheckpointError(f"cannot load the {what} from {name!r}: {said}{again}") from error
     for source, digests in read.digests.items():
         record(source, digests)
 
 
 def _tensors(file, again):
-    """What a pickle of tensors holds; one that holds anything else is not opened any further, as that could run code."""
+    """What a pickle of tensors holds; one that holds anything else is refused, as opening it could run code."""
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
     except Exception:           # torch's own words advise to switch the protection off
-        raise CheckpointError(f"{file} is refused: it is damaged, or holds more than tensors, which could run code as it is opened; "
-                              f"{again}") from None
+        raise CheckpointError(f"{file} is refused: it is damaged, or holds more than tensors, which could run code "
+                              f"as it is opened; {again}") from None
 
 
 def _whole(loaded):
@@ -162,8 +166,8 @@ def load_captioner(name, revision=None, *, device=None, dtype="float32", **searc
         folder = _folder(name, revision, CAPTIONER_FILES, read)
         if (pickle := folder / "pytorch_model.bin").is_file() and not (folder / "model.safetensors").exists():
             folder = _converted(pickle, read.again)
-        model = _whole(BlipForConditionalGeneration.from_pretrained(folder, dtype=getattr(torch, dtype), use_safetensors=True,
-                                                                    ignore_mismatched_sizes=True, output_loading_info=True, **LOCAL))
+        model = _whole(BlipForConditionalGeneration.from_pretrained(
+            folder, dtype=getattr(torch, dtype), use_safetensors=True, **INFORMED, **LOCAL))
         processor = BlipProcessor.from_pretrained(folder, **LOCAL)
         _with_words(processor.tokenizer)
     return Captioner(model, processor, **search).to(device_of(device))
@@ -175,8 +179,8 @@ def _converted(pickle, again):
     folder = downloads() / "converted" / sha256(pickle)[:16]
     if not folder.is_dir():
         config, weights = BlipConfig.from_pretrained(pickle.parent, **LOCAL), _tensors(pickle, again)
-        model = _whole(BlipForConditionalGeneration.from_pretrained(None, config=config, state_dict=weights, output_loading_info=True,
-                                                                    ignore_mismatched_sizes=True, **LOCAL))
+        model = _whole(BlipForConditionalGeneration.from_pretrained(
+            None, config=config, state_dict=weights, **INFORMED, **LOCAL))
         part = part_of(folder)
         try:
             model.save_pretrained(part)
@@ -219,12 +223,12 @@ def load_diffusion(name, revision=None, *, device=None, dtype="float32", variant
     from transformers import CLIPTextModel, CLIPTokenizer
     with _loading("diffusion model", name) as read:
         folder = _folder(name, revision, diffusion_files(variant), read)
-        weights = {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True, "variant": variant or None}
-        plain = {"torch_dtype": getattr(torch, dtype), "low_cpu_mem_usage": False, "local_files_only": True}    # runs nobody's code
+        weights = {"use_safetensors": True, "variant": variant or None, **INFORMED}
+        plain = {"torch_dtype": getattr(torch, dtype), "low_cpu_mem_usage": False, "local_files_only": True}
         vae = _whole(AutoencoderKL.from_pretrained(folder, subfolder="vae", **plain, **weights))
         unet = _whole(UNet2DConditionModel.from_pretrained(folder, subfolder="unet", **plain, **weights))
-        text_encoder = _whole(CLIPTextModel.from_pretrained(folder, subfolder="text_encoder", dtype=getattr(torch, dtype), **weights,
-                                                            **LOCAL))
+        text_encoder = _whole(CLIPTextModel.from_pretrained(
+            folder, subfolder="text_encoder", dtype=getattr(torch, dtype), **weights, **LOCAL))
         tokenizer = _with_words(CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer", **LOCAL))
         scheduler = ddim(DDIMScheduler.load_config(folder, subfolder="scheduler", local_files_only=True))
     purifier = LatentPurifier(vae, unet, text_encoder, tokenizer, scheduler, **settings)
@@ -363,7 +367,7 @@ def _load_robustbench(dataset, threat, model, read):
 
 
 def _take(net, weights):
-    """Load weights that were saved under DataParallel or beside a normalisation, which is the network's own here; all must fit."""
+    """Load weights saved under DataParallel, or beside a normalisation, which is the network's own here; all must fit."""
     weights = {k.removeprefix("module.").removeprefix("model."): v for k, v in dict(weights).items()}
     ours = set(net.state_dict())
     foreign = {k for k in weights if k not in ours and k.split(".")[0] in ("normalize", "mu", "sigma", "normalizer")}
@@ -379,7 +383,7 @@ def robustbench_page(dataset, threat, model):
 
 @contextlib.contextmanager
 def _fetched(file, page):
-    """`file` from a page, in a folder of its own: it takes its place only if all goes well that is done with it."""
+    """`file` from a page, in a folder of its own: it takes its place only if all that is done with it goes well."""
     import gdown
     part = part_of(file)
     try:
@@ -389,8 +393,8 @@ def _fetched(file, page):
             gdown.download(url=page, output=str(part / file.name), quiet=False)
         except Exception as error:              # of the system, the hub's client, gdown and requests
             cause, remedy = reason(error)
-            raise CheckpointError(f"{file.name} could not be fetched from {page}: {cause}; {remedy}, or get it with a browser "
-                                  f"and put it at {file}") from None
+            raise CheckpointError(f"{file.name} could not be fetched from {page}: {cause}; {remedy}, or get it with a "
+                                  f"browser and put it at {file}") from None
         yield part / file.name
         os.replace(part / file.name, file)
     finally:

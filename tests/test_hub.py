@@ -117,7 +117,7 @@ def test_the_papers_models_and_data_come_over_http(hub, defense, images, tmp_pat
 
 # fault: (what is said of it, what to do)
 SAID = {"gated": ("only to those who have accepted its terms", "hf auth login"),
-        "gated, not granted": ("only to those who have accepted its terms", "accept them"),
+        "gated, not granted": ("only to those who have accepted its terms", "accept them there"),
         "unknown or private": ("no such repository", "check its name"), "repository gone": ("no such repository", "check its name"),
         "revision gone": ("this revision is not there", "another commit"), "bad token": ("does not know your token", "HF_TOKEN"),
         "forbidden": ("access is forbidden", "hf auth login"), "not found": ("it is not there", "look for it"),
