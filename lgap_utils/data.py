@@ -21,8 +21,8 @@ import numpy as np
 import torch
 
 from . import toy
-from .files import CheckpointError, check, locked, sha256
-from .profiles import ROOT, cache_root, data_root
+from .files import CheckpointError, check, hub_file, locked, reason, sha256
+from .profiles import ROOT, data_root
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 CIFAR100_CLASSES = tuple("""
@@ -564,13 +564,14 @@ def _hub_files(folder, repository, revision, names, instead=None):
             raise FileNotFoundError(f"{root / missing[0]} is missing; expected the layout of the hub data set {repository}"
                                     + (f", or {instead}" if instead else ""))
         return [root / name for name in names]
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import constants
     try:
-        where = {"repo_type": "dataset", "revision": revision, "cache_dir": cache_root()}
-        paths = [Path(hf_hub_download(repository, name, **where)) for name in names]
-    except Exception as error:  # the hub's client raises many kinds; all mean the same to the user
-        raise FileNotFoundError(f"{repository} is neither in {root} nor could be fetched from the hub ({type(error).__name__}); "
-                                f"set LGAP_DATA to a folder that holds {instead or f'{folder}/{names[0]}'}") from None
+        paths = [hub_file(repository, name, revision, "dataset") for name in names]
+    except Exception as error:  # the hub's client raises many kinds
+        cause, remedy = reason(error)
+        raise FileNotFoundError(f"{repository} is neither in {root} nor could be fetched from the hub at {constants.ENDPOINT}/datasets/"
+                                f"{repository}: {cause}; {remedy}, or set LGAP_DATA to a folder that holds "
+                                f"{instead or f'{folder}/{names[0]}'}") from None
     try:
         for path, name in zip(paths, names):
             check(path, f"{repository}@{revision}", name, "fetch it again")

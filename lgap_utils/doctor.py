@@ -1,20 +1,19 @@
 """What a profile needs, what of it is there, and what a run will cost: `python -m lgap_utils doctor`.
 
-Nothing is fetched here, and the network is asked only where something is missing. The cost is counted from NOTEBOOKS, which says what
+Nothing is fetched here, and the network is asked only for what is missing. The cost is counted from NOTEBOOKS, which says what
 each notebook asks of captioner and denoiser; tests/test_doctor.py runs the notebooks, and counts.
 """
 from __future__ import annotations
 
 import csv
 import dataclasses
+import json
 import os
 import platform
 import re
 import shlex
 import shutil
 import time
-import urllib.error
-import urllib.request
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -40,9 +39,13 @@ class Item:
     sizes: dict             # {file: its bytes, or None where nobody knows}
     there: dict             # {file: its path} of those that are there
     get: str                # the command or page that gets the rest
-    url: str                # the host that a run would fetch the rest from; "" if none
+    url: str                # the address that a run would fetch a file from, {} for its name; "" if none
     verify: Callable        # () -> what was checked; raises CheckpointError or ValueError for what is not as expected
-    gated: str = ""         # the repository of a data set that the hub shows to some only
+    look: Callable = lambda: None       # as `verify`, but only what costs nothing, such as sizes
+
+    @property
+    def host(self):
+        return "/".join(self.url.split("/")[:3])
 
     @property
     def absent(self):
@@ -59,11 +62,11 @@ def examine(name, deep=False, notebooks=None, **settings):
     profiles = [get_profile(name, table, **settings) for table in tables]
     found = [*_models(profiles), *_data_sets(profiles)]
     wanted = [item for item in found if isinstance(item, Item) and item.absent and item.url]
-    answers = {} if files.offline() else {url: _answers(url) for url in dict.fromkeys(item.url for item in wanted)}
-    fetched = [item for item in wanted if answers.get(item.url) and (not item.gated or _granted(item.gated))]
-    lines = [item if isinstance(item, Check) else _check(item, item in fetched, deep) for item in found]
+    refused, silent = ({}, {}) if files.offline() else _ask(wanted)
+    fetched = [item for item in wanted if refused.get(item.url) == ""]
+    lines = [item if isinstance(item, Check) else _check(item, refused.get(item.url), deep) for item in found]
     memory = Check("memory", "note", _bytes(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")))
-    return [_device(profiles[0]), memory, _network(wanted, answers), *lines, *_disk(fetched)]
+    return [_device(profiles[0]), memory, _network(wanted, silent), *lines, *_disk(fetched)]
 
 
 def can_run(checks):
@@ -71,14 +74,19 @@ def can_run(checks):
     return all(check.state != "missing" for check in checks)
 
 
-def _check(item, fetched, deep):
+def _check(item, refused, deep):
+    """refused: why what is absent would not be sent, "" where it would, None where nobody was asked."""
+    what = item.name
     if item.absent:
         size = _size(item.absent.values())
         what = f"{item.name} lacks {', '.join(item.absent)} ({size})" if item.there else f"{item.name}, {size}"
-        if fetched:
-            return Check(item.what, "to fetch", f"{what}, from {item.url}")
-        return Check(item.what, "missing", f"{what}, not in {runner.show(item.place)}; get it with\n{item.get}")
+        if refused != "":
+            why = f"; {item.host}: {refused}" if refused else ""
+            return Check(item.what, "missing", f"{what}, not in {runner.show(item.place)}{why}; get it with\n{item.get}")
     try:
+        item.look()
+        if item.absent:
+            return Check(item.what, "to fetch", f"{what}, from {item.host}")
         checked = f"\n{item.verify()}" if deep else ""
     except (files.CheckpointError, FileNotFoundError, ValueError) as error:
         return Check(item.what, "missing", str(error))
@@ -125,34 +133,35 @@ def _device(p):
     return Check("device", "missing", f"{what}: profile {p.name} is made for a GPU; set LGAP_DEVICE=cpu to go on without one")
 
 
-def _network(wanted, answers):
+def _network(wanted, silent):
+    """silent: {host: why} of those that gave no answer."""
     if not wanted:
         return Check("network", "ok", "not asked: nothing has to be fetched")
-    if not answers:
+    if files.offline():
         return Check("network", "note", "HF_HUB_OFFLINE is set: nothing will be fetched")
-    said = ", ".join(f"{url} {'answers' if there else 'is out of reach'}" for url, there in answers.items())
-    return Check("network", "ok" if all(answers.values()) else "note", said)
+    hosts = dict.fromkeys(item.host for item in wanted)
+    said = [f"{host} is out of reach: {silent[host]}" if host in silent else f"{host} answers" for host in hosts]
+    return Check("network", "note" if silent else "ok", ", ".join(said))
 
 
-def _answers(url):
-    """Whether a host can be reached, within five seconds."""
-    try:
-        urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=5).close()
-    except urllib.error.HTTPError:      # a server that shows nothing at its root is there all the same
-        return True
-    except Exception:           # a name that is not found, a refusal, a proxy's form: all mean the same here
-        return False
-    return True
+def _ask(wanted):
+    """({address: why a file that is absent would not be sent, or ""}, {host: why} of those that gave no answer).
 
-
-def _granted(data_set):
-    """Whether the hub lets this user read a gated data set."""
-    from huggingface_hub import auth_check
-    try:
-        auth_check(data_set, repo_type="dataset")
-    except Exception:           # not accepted, not logged in, gone
-        return False
-    return True
+    A host that gives none is asked once.
+    """
+    refused, silent = {}, {}
+    for item in wanted:
+        refused[item.url] = silent.get(item.host, "")
+        for file in () if refused[item.url] else item.absent:
+            try:
+                files.ask(item.url.replace("{}", file))
+            except Exception as error:          # of the hub's client and what lies below it
+                cause, remedy = files.reason(error)
+                refused[item.url] = f"{cause}; {remedy}"
+                if not files.status_of(error):
+                    silent[item.host] = cause
+                break
+    return refused, silent
 
 
 def _disk(fetched):
@@ -199,11 +208,25 @@ def _model(what, name, revision, needed):
         raise files.CheckpointError(f"{name!r} is a hub id without a revision; give its 40-digit commit, or a local folder")
     if folder is None:
         return _on_hub(what, name, revision, needed)
+    needed = [part for file in needed for part in _shards(folder, file)]
     there = {file: folder / file for file in needed if (folder / file).is_file()}
     if (pickle := folder / "pytorch_model.bin").is_file():
         there.setdefault("model.safetensors", pickle)           # the captioner's loader converts it
     get = f"python checkpoints/make.py {made[1]}" if made else "a whole copy of the folder"
-    return Item(what, name, folder, dict.fromkeys(needed), there, get, "", lambda: f"digests checked: {len(files.verify(folder))}")
+    return Item(what, name, folder, dict.fromkeys(needed), there, get, "",
+                lambda: f"digests checked: {len(files.verify(folder))}", lambda: files.verify(folder, digest=False))
+
+
+def _shards(folder, file):
+    """The files that stand for `file` in a folder: itself, or those that an index beside it lists."""
+    index = folder / f"{file}.index.json"
+    if (folder / file).is_file() or not index.is_file():
+        return [file]
+    try:
+        listed = json.loads(index.read_text())["weight_map"].values()
+        return sorted({str(Path(file).with_name(shard)) for shard in listed})
+    except (ValueError, KeyError, AttributeError, TypeError):
+        raise files.CheckpointError(f"{index} is damaged: it lists no files; copy the folder again") from None
 
 
 def _robustbench(what, name):
@@ -212,8 +235,9 @@ def _robustbench(what, name):
     source, file = f"{'/'.join(entry)}.pt", robustbench_file(*entry)
     sizes, there = {source: files.locked("robustbench").get(source, {}).get("size")}, {source: file} if file.is_file() else {}
     page = "" if there else robustbench_page(*_robustbench_entry(name))        # imports robustbench, which takes seconds
-    return Item(what, name, file.parent, sizes, there, f"{page}\nfrom a browser, as {runner.show(file)}", "/".join(page.split("/")[:3]),
-                lambda: f"sha256 {files.check(file, 'robustbench', source, 'get it again')}")
+    check = lambda digest: files.check(file, "robustbench", source, "fetch it again", digest)
+    return Item(what, name, file.parent, sizes, there, f"{page}\nfrom a browser, as {runner.show(file)}", page,
+                lambda: f"sha256 {check(True)['sha256']}", lambda: there and check(False))
 
 
 def _on_hub(what, repository, revision, needed, kind="model", folder=None, name=None):
@@ -228,8 +252,11 @@ def _on_hub(what, repository, revision, needed, kind="model", folder=None, name=
     where = ("--local-dir", str(folder)) if folder else ("--cache-dir", cache) if cache_root() else ()
     command = ["hf", "download", repository, "--revision", revision, *("--repo-type", kind) * (kind != "model"), *where]
     get = shlex.join([*command, *(file for file in sizes if file not in there)])
-    verify = lambda: f"digests checked: {len([files.check(path, source, file, 'get it again') for file, path in there.items()])}"
-    return Item(what, name or repository, Path(folder or cache), sizes, there, get, "" if folder else constants.ENDPOINT, verify)
+    check = lambda digest: [files.check(path, source, file, "fetch it again", digest) for file, path in there.items()]
+    page = f"{constants.ENDPOINT}/{'datasets/' * (kind == 'dataset')}{repository}"
+    url = "" if folder else f"{page}/resolve/{revision}/{{}}"
+    return Item(what, name or repository, Path(folder or cache), sizes, there, get, url,
+                lambda: f"digests checked: {len(check(True))}", lambda: None if folder else check(False))
 
 
 def _data_sets(profiles):
@@ -275,7 +302,7 @@ def _data_set(dataset):
     item = _on_hub("data", repository, revision, needed, "dataset", folder if folder.is_dir() else None, dataset)
     terms = (f"\nonce you have accepted its terms at https://huggingface.co/datasets/{repository} and logged in (hf auth login); or put "
              f"class folders at {runner.show(folder)}/val/<wnid>/") * (dataset == "imagenet")
-    return dataclasses.replace(item, get=item.get + terms, gated=repository if terms else "", verify=verify)
+    return dataclasses.replace(item, get=item.get + terms, verify=verify)
 
 
 # ---------------------------------------------------------------- what a run costs

@@ -13,6 +13,7 @@ import shutil
 import sys
 from fnmatch import fnmatch
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch import nn
@@ -21,12 +22,16 @@ from .defense import LGAP, METHOD, LatentPurifier
 from .evaluate import Evaluation, described, purified_pixels, purify_rows
 from .files import (
     CheckpointError,
+    ask,
     check,
     downloads,
     locate,
     locked,
     offline,
     one_writer,
+    part_of,
+    reason,
+    record,
     sha256,
     snapshot,
     verify,
@@ -71,17 +76,43 @@ def device_of(device=None, dtype="float32"):
     return found
 
 
+# Code that comes with a model is never run, and nobody is asked whether it should be.
+LOCAL = {"local_files_only": True, "trust_remote_code": False}
+# For `_whole`: weights that do not fit are told by their names.
+INFORMED = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+
+
 @contextlib.contextmanager
 def _loading(what, name):
-    """Turns whatever a library raises on a bad file into one sentence that names the model."""
+    """Turns whatever a library raises on a bad file into one sentence that names the model.
+
+    Yields `digests`, {source: {file: its digest}}, which are recorded once the model has loaded whole, and
+    `again`, what to do about bad files.
+    """
+    read = SimpleNamespace(digests={}, again="")
     try:
-        yield
-    except (CheckpointError, KeyboardInterrupt):
+        yield read
+    except CheckpointError:
         raise
     except Exception as error:
-        first = str(error).strip().splitlines()[0][:300] if str(error).strip() else ""
-        without = " (HF_HUB_OFFLINE is set)" if offline() else ""
-        raise CheckpointError(f"cannot load the {what} from {name!r}{without}: {type(error).__name__}: {first}") from error
+        again = f"; {read.again}" * bool(read.again)
+        if "remote_code" in str(error):         # the library's own words advise to let it run
+            raise CheckpointError(f"cannot load the {what} from {name!r}: its configuration asks for code of its own "
+                                  f"(auto_map), which is never run here{again}") from None
+        said = " ".join(str(error).split())[:300]
+        said = f"{type(error).__name__}: {said}"
+        raise CheckpointError(f"cannot load the {what} from {name!r}: {said}{again}") from error
+    for source, digests in read.digests.items():
+        record(source, digests)
+
+
+def _tensors(file, again):
+    """What a pickle of tensors holds; one that holds anything else is refused, as opening it could run code."""
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception:           # torch's own words advise to switch the protection off
+        raise CheckpointError(f"{file} is refused: it is damaged, or holds more than tensors, which could run code "
+                              f"as it is opened; {again}") from None
 
 
 def _whole(loaded):
@@ -102,15 +133,18 @@ def _with_words(tokenizer):
     return tokenizer
 
 
-def _folder(name, revision, patterns):
+def _folder(name, revision, patterns, read):
     """The folder that holds a model's files, all checked: a local one, or a hub repository's at a fixed revision."""
     if folder := locate(name):
         verify(folder)
+        read.again = f"copy {folder} again, or make it again"
         return folder
     revision = revision or REVISIONS.get(name)
     if revision is None:
         raise CheckpointError(f"{name!r} is a hub id without a revision; give its 40-digit commit, or a local folder")
-    return snapshot(name, revision, patterns)
+    folder, read.digests[f"{name}@{revision}"] = snapshot(name, revision, patterns)
+    read.again = f"delete {folder.parents[1]}, and it is fetched again"
+    return folder
 
 
 # ---------------------------------------------------------------- captioner
@@ -147,40 +181,46 @@ class Captioner(nn.Module):
         return [c.strip().removeprefix(start).strip() for c in (" ".join(c.split()) for c in captions)]
 
 
-CAPTIONER_FILES = ["*.json", "*.txt", "model.safetensors"]
+CAPTIONER_FILES = ["*.json", "*.txt", "config.json", "model.safetensors"]
 
 
 def load_captioner(name, revision=None, *, device=None, dtype="float32", **search):
     """BLIP from a folder or the hub; `search` as `Captioner`. Raises CheckpointError."""
     from transformers import BlipForConditionalGeneration, BlipProcessor
     device = device_of(device, dtype)
-    with _loading("captioner", name):
-        folder = _folder(name, revision, CAPTIONER_FILES)
+    with _loading("captioner", name) as read:
+        folder = _folder(name, revision, CAPTIONER_FILES, read)
         if (pickle := folder / "pytorch_model.bin").is_file() and not (folder / "model.safetensors").exists():
-            folder = _converted(pickle)
-        model = _whole(BlipForConditionalGeneration.from_pretrained(folder, dtype=getattr(torch, dtype), use_safetensors=True,
-                                                                    output_loading_info=True, local_files_only=True))
-        processor = BlipProcessor.from_pretrained(folder, local_files_only=True)
+            folder = _converted(pickle, read.again)
+        model = _whole(BlipForConditionalGeneration.from_pretrained(
+            folder, dtype=getattr(torch, dtype), use_safetensors=True, **INFORMED, **LOCAL))
+        processor = BlipProcessor.from_pretrained(folder, **LOCAL)
         _with_words(processor.tokenizer)
     return Captioner(model, processor, **search).to(device)
 
 
-def _converted(pickle):
+def _converted(pickle, again):
     """A folder like that of BLIP's `pickle`, its weights as safetensors: made once, and named by the pickle's digest."""
     from transformers import BlipConfig, BlipForConditionalGeneration
     folder = downloads() / "converted" / sha256(pickle)[:16]
     if not folder.is_dir():
-        config = BlipConfig.from_pretrained(pickle.parent, local_files_only=True)
-        weights = torch.load(pickle, map_location="cpu", weights_only=True)
-        model = _whole(BlipForConditionalGeneration.from_pretrained(None, config=config, state_dict=weights, output_loading_info=True))
-        part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
-        model.save_pretrained(part)
-        for file in [*pickle.parent.glob("*.json"), *pickle.parent.glob("*.txt")]:
-            if not (part / file.name).exists():
-                shutil.copyfile(file, part / file.name)
-        write_checksums(part)
-        os.replace(part, folder)
-    verify(folder)
+        config, weights = BlipConfig.from_pretrained(pickle.parent, **LOCAL), _tensors(pickle, again)
+        model = _whole(BlipForConditionalGeneration.from_pretrained(
+            None, config=config, state_dict=weights, **INFORMED, **LOCAL))
+        part = part_of(folder)
+        try:
+            model.save_pretrained(part)
+            for file in [*pickle.parent.glob("*.json"), *pickle.parent.glob("*.txt")]:
+                if not (part / file.name).exists():
+                    shutil.copyfile(file, part / file.name)
+            write_checksums(part)
+            os.replace(part, folder)
+        except OSError:
+            if not folder.is_dir():             # else another process has made it in the meantime
+                raise
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+    verify(folder, f"delete {folder}, and it is made again")
     return folder
 
 
@@ -199,7 +239,7 @@ DIFFUSION_PARTS = {"vae": "diffusion_pytorch_model", "unet": "diffusion_pytorch_
 def diffusion_files(variant=""):
     """The files of a diffusion model that are read, as patterns; variant: "fp16" for weights that are stored in half precision."""
     ending = f".{variant}.safetensors" if variant else ".safetensors"
-    return ["tokenizer/*", "scheduler/*", *(f"{part}/config.json" for part in DIFFUSION_PARTS),
+    return ["tokenizer/*", "scheduler/*", "scheduler/scheduler_config.json", *(f"{part}/config.json" for part in DIFFUSION_PARTS),
             *(f"{part}/{stem}{ending}" for part, stem in DIFFUSION_PARTS.items())]
 
 
@@ -208,14 +248,15 @@ def load_diffusion(name, revision=None, *, device=None, dtype="float32", variant
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTokenizer
     device = device_of(device, dtype)
-    with _loading("diffusion model", name):
-        folder = _folder(name, revision, diffusion_files(variant))
-        weights = {"use_safetensors": True, "output_loading_info": True, "local_files_only": True, "variant": variant or None}
-        plain = {"torch_dtype": getattr(torch, dtype), "low_cpu_mem_usage": False}
+    with _loading("diffusion model", name) as read:
+        folder = _folder(name, revision, diffusion_files(variant), read)
+        weights = {"use_safetensors": True, "variant": variant or None, **INFORMED}
+        plain = {"torch_dtype": getattr(torch, dtype), "low_cpu_mem_usage": False, "local_files_only": True}
         vae = _whole(AutoencoderKL.from_pretrained(folder, subfolder="vae", **plain, **weights))
         unet = _whole(UNet2DConditionModel.from_pretrained(folder, subfolder="unet", **plain, **weights))
-        text_encoder = _whole(CLIPTextModel.from_pretrained(folder, subfolder="text_encoder", dtype=getattr(torch, dtype), **weights))
-        tokenizer = _with_words(CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer", local_files_only=True))
+        text_encoder = _whole(CLIPTextModel.from_pretrained(
+            folder, subfolder="text_encoder", dtype=getattr(torch, dtype), **weights, **LOCAL))
+        tokenizer = _with_words(CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer", **LOCAL))
         scheduler = ddim(DDIMScheduler.load_config(folder, subfolder="scheduler", local_files_only=True))
     purifier = LatentPurifier(vae, unet, text_encoder, tokenizer, scheduler, **settings)
     return purifier.to(device, memory_format=torch.channels_last)
@@ -299,15 +340,16 @@ def save_classifier(net, folder, **config):
 
 def load_classifier(name, *, device=None):
     """A saved classifier's folder, or "robustbench:DATASET/THREAT/NAME": images in [0, 1] -> logits. Raises CheckpointError."""
-    with _loading("classifier", name):
+    with _loading("classifier", name) as read:
         if name.startswith("robustbench:"):
-            net, config = _load_robustbench(*_robustbench_entry(name)), {"architecture": name}
+            net, config = _load_robustbench(*_robustbench_entry(name), read), {"architecture": name}
         else:
             from safetensors.torch import load_file
             folder = locate(name)
             if folder is None:
                 raise CheckpointError(f"{name!r}: no such folder, and no robustbench:DATASET/THREAT/NAME")
             verify(folder)
+            read.again = f"copy {folder} again, or make it again"
             config = json.loads((folder / "config.json").read_text())
             net = new_classifier(**config)
             net.load_state_dict(load_file(folder / "model.safetensors"))
@@ -353,21 +395,29 @@ def robustbench_file(dataset, threat, model):
     return downloads() / "robustbench" / dataset / threat / f"{model}.pt"
 
 
-def _load_robustbench(dataset, threat, model):
+def _load_robustbench(dataset, threat, model, read):
     """As robustbench.utils.load_model, but the file is checked before torch opens it, and opened with weights_only."""
     file, source = robustbench_file(dataset, threat, model), f"{dataset}/{threat}/{model}.pt"
-    again = f"fetch it again, or put it there by hand ({robustbench_page(dataset, threat, model)})"
-    if not file.is_file() and not offline():
-        _fetch_robustbench(file, dataset, threat, model)
-    check(file, "robustbench", source, again)
-    saved = torch.load(file, map_location="cpu", weights_only=True)
-    weights = {k.removeprefix("module.").removeprefix("model."): v for k, v in saved.get("state_dict", saved).items()}
-    net = _robustbench_network(dataset, threat, model)
-    inner = net.model if dataset == "imagenet" and hasattr(net, "normalize") else net
-    ours = set(inner.state_dict())
-    foreign = {k for k in weights if k not in ours and k.split(".")[0] in ("normalize", "mu", "sigma", "normalizer")}
-    inner.load_state_dict({k: v for k, v in weights.items() if k not in foreign})
+    page = robustbench_page(dataset, threat, model)
+    by_hand = f"put it there by hand ({page})"
+    kept = file.is_file() or offline()
+    with contextlib.nullcontext(file) if kept else _fetched(file, page) as found:
+        again = f"fetch it again, or {by_hand}" if kept else f"try again, or {by_hand}, as {file}"
+        read.digests["robustbench"] = {source: check(found, "robustbench", source, again, kept=kept)}
+        read.again = f"delete {file}, then {again}" if kept else again
+        saved = _tensors(found, read.again)
+        net = _robustbench_network(dataset, threat, model)
+        inner = net.model if dataset == "imagenet" and hasattr(net, "normalize") else net
+        _take(inner, saved["state_dict"] if "state_dict" in saved else saved)
     return net
+
+
+def _take(net, weights):
+    """Load weights saved under DataParallel, or beside a normalisation, which is the network's own here; all must fit."""
+    weights = {k.removeprefix("module.").removeprefix("model."): v for k, v in dict(weights).items()}
+    ours = set(net.state_dict())
+    foreign = {k for k in weights if k not in ours and k.split(".")[0] in ("normalize", "mu", "sigma", "normalizer")}
+    net.load_state_dict({k: v for k, v in weights.items() if k not in foreign})
 
 
 def robustbench_page(dataset, threat, model):
@@ -377,21 +427,24 @@ def robustbench_page(dataset, threat, model):
     return f"https://drive.google.com/uc?id={_zoo()[dataset][threat][model]['gdrive_id']}"
 
 
-def _fetch_robustbench(file, dataset, threat, model):
-    """Download to a name of its own and rename what has passed the check, so that half a file is never taken for a whole one."""
+@contextlib.contextmanager
+def _fetched(file, page):
+    """`file` from a page, in a folder of its own: it takes its place only if all that is done with it goes well."""
     import gdown
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f"{file.name}.{os.getpid()}.part")
-    page = robustbench_page(dataset, threat, model)
+    part = part_of(file)
     try:
-        if "drive.google.com" in page:
-            gdown.download(url=page, output=str(part), quiet=False)
-        else:
-            torch.hub.download_url_to_file(page, str(part))
-        check(part, "robustbench", f"{dataset}/{threat}/{model}.pt", f"get it by hand from {page} and put it at {file}")
-        os.replace(part, file)
+        try:
+            part.mkdir(parents=True)
+            ask(page)
+            gdown.download(url=page, output=str(part / file.name), quiet=False)
+        except Exception as error:              # of the system, the hub's client, gdown and requests
+            cause, remedy = reason(error)
+            raise CheckpointError(f"{file.name} could not be fetched from {page}: {cause}; {remedy}, or get it with a "
+                                  f"browser and put it at {file}") from None
+        yield part / file.name
+        os.replace(part / file.name, file)
     finally:
-        part.unlink(missing_ok=True)
+        shutil.rmtree(part, ignore_errors=True)
 
 
 # ---------------------------------------------------------------- the whole defence

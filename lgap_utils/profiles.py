@@ -23,7 +23,7 @@ def output_root():
 
 def cache_root():
     """Where downloads go: $LGAP_CACHE, else the hub's own cache (None leaves the choice to huggingface_hub)."""
-    return os.environ.get("LGAP_CACHE") or None
+    return os.path.expanduser(os.environ.get("LGAP_CACHE") or "") or None
 
 
 # Hub repositories whose commit is known; any other needs its revision beside its id.

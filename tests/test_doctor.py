@@ -3,17 +3,19 @@ import contextlib
 import csv
 import io
 import json
+import os
 import shutil
 import socket
 from collections import Counter, namedtuple
 from dataclasses import replace
+from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 import pytest
 import torch
 
 from lgap_utils import __main__ as command
-from lgap_utils import attacks, doctor, models, runner
+from lgap_utils import attacks, doctor, files, models, runner
 from lgap_utils.defense import LatentPurifier
 from lgap_utils.profiles import PAPER, PROFILES, REVISIONS, ROOT
 
@@ -48,10 +50,9 @@ def said(argv, capsys):
 
 @pytest.fixture
 def online(monkeypatch):
-    """A hub that answers, and lets everybody in."""
+    """Servers that answer, and would send every file."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-    monkeypatch.setattr(doctor, "_answers", lambda url: True)
-    monkeypatch.setattr(doctor, "_granted", lambda repository: True)
+    monkeypatch.setattr(files, "ask", lambda url: None)
 
 
 # ---------------------------------------------------------------- what is there, and what is not
@@ -87,11 +88,17 @@ def test_what_a_run_would_fetch_is_no_obstacle(online, monkeypatch):
 
 
 def test_a_host_that_does_not_answer_is_told_and_a_gated_one_that_refuses(online, monkeypatch):
-    monkeypatch.setattr(doctor, "_answers", lambda url: "huggingface" in url)
-    monkeypatch.setattr(doctor, "_granted", lambda repository: False)
+    def ask(url):
+        if "imagenet" in url:
+            raise type("GatedRepoError", (OSError,), {"response": SimpleNamespace(status_code=401)})()
+        if "huggingface" not in url:
+            raise ConnectionRefusedError(111, "refused")
+
+    monkeypatch.setattr(files, "ask", ask)
     checks = doctor.examine("paper")
     ((state, detail),) = found(checks, "network")
     assert state == "note" and "drive.google.com is out of reach" in detail and "huggingface.co answers" in detail
+    assert "accepted its terms" in found(checks, "data")[-1][1]
     assert [state for state, _ in found(checks, "data")] == ["to fetch", "to fetch", "missing"]
     assert {state for state, _ in found(checks, "rival")} == {"missing"}
 
@@ -115,28 +122,63 @@ def test_a_profile_that_needs_a_gpu_says_so(device, state, words, monkeypatch):
 
 # ---------------------------------------------------------------- caches and folders
 
-def cached(cache, repository, revision, names, kind="models"):
-    """Files in the layout of the hub's cache."""
+def cached(cache, repository, revision, sizes, kind="models"):
+    """Files of these sizes, full of nothing, in the layout of the hub's cache."""
     folder = cache / f"{kind}--{repository.replace('/', '--')}"
-    for number, name in enumerate(names):
+    for number, (name, size) in enumerate(sizes.items()):
         blob, link = folder / "blobs" / f"{number:040x}", folder / "snapshots" / revision / name
         for path in (blob, link):
             path.parent.mkdir(parents=True, exist_ok=True)
-        blob.write_text(name)
+        with open(blob, "wb") as file:
+            file.truncate(size)
         link.symlink_to(blob)
     return folder
 
 
 def test_a_model_in_the_hubs_cache_is_there_and_half_of_one_is_not(tmp_path, monkeypatch):
-    names = list(json.loads((ROOT / "checkpoints" / "hub.lock.json").read_text())[f"{PAPER.captioner}@{REVISIONS[PAPER.captioner]}"])
-    folder = cached(tmp_path / "cache", PAPER.captioner, REVISIONS[PAPER.captioner], names)
+    known = json.loads((ROOT / "checkpoints" / "hub.lock.json").read_text())[f"{PAPER.captioner}@{REVISIONS[PAPER.captioner]}"]
+    sizes = {name: entry["size"] for name, entry in known.items()}
+    folder = cached(tmp_path / "cache", PAPER.captioner, REVISIONS[PAPER.captioner], sizes)
     settings = {"captioner": PAPER.captioner, "dataset": "toy"}
     assert found(doctor.examine("toy", **settings), "captioner") == [("ok", f"{PAPER.captioner} in {tmp_path / 'cache'}")]
-    (folder / "blobs" / f"{names.index('vocab.txt'):040x}").unlink()
+    blob = folder / "blobs" / f"{list(sizes).index('vocab.txt'):040x}"
+    os.truncate(blob, 7)                                    # what the loader would refuse is not called ok
+    ((state, detail),) = found(doctor.examine("toy", **settings), "captioner")
+    assert state == "missing" and f"vocab.txt is damaged: 7 bytes, expected 231,508 bytes; delete {blob}, then fetch it again" in detail
+    blob.unlink()
     ((state, detail),) = found(doctor.examine("toy", **settings), "captioner")
     assert state == "missing" and "lacks vocab.txt (0.2 MB)" in detail and detail.endswith(" vocab.txt")
     ((state, detail),) = found(doctor.examine("toy", deep=True, captioner=PAPER.captioner), "captioner")
     assert state == "missing"
+
+
+def test_a_list_that_names_a_file_which_is_not_there(tmp_path):
+    """SHA256SUMS, and the index of weights in several files: the loader reads both, so the doctor does."""
+    for part in ("captioner", "classifier"):
+        shutil.copytree(ROOT / "checkpoints" / "toy" / part, tmp_path / part)
+    files.write_checksums(tmp_path / "captioner")
+    (tmp_path / "captioner" / "tokenizer.json").unlink()
+    settings = {part: str(tmp_path / part) for part in ("captioner", "classifier")}
+    ((state, detail),) = found(doctor.examine("toy", **settings), "captioner")
+    assert state == "missing" and f"{tmp_path / 'captioner' / 'tokenizer.json'} is missing, expected sha256" in detail
+    with pytest.raises(files.CheckpointError, match="tokenizer.json is missing"):
+        models.load_captioner(settings["captioner"], device="cpu")
+
+
+def test_weights_in_several_files_are_there_if_all_that_the_index_lists_are(profile, tmp_path):
+    folder = tmp_path / "captioner"
+    shutil.copytree(profile.captioner, folder)
+    models.load_captioner(profile.captioner, device="cpu").model.save_pretrained(folder, max_shard_size="20KB")
+    (folder / "model.safetensors").unlink(missing_ok=True)
+    models.load_captioner(str(folder), device="cpu")
+    assert found(doctor.examine("toy", captioner=str(folder)), "captioner") == [("ok", str(folder))]
+    shard = next(folder.glob("model-*.safetensors"))
+    shard.unlink()
+    ((state, detail),) = found(doctor.examine("toy", captioner=str(folder)), "captioner")
+    assert state == "missing" and f"lacks {shard.name}" in detail
+    (folder / "model.safetensors.index.json").write_text("[]")
+    ((state, detail),) = found(doctor.examine("toy", captioner=str(folder)), "captioner")
+    assert state == "missing" and "index.json is damaged" in detail
 
 
 def test_a_damaged_file_is_found_when_digests_are_asked_for(tmp_path):

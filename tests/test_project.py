@@ -53,7 +53,7 @@ def test_conda_and_pip_bring_in_the_same_packages():
 
 # Written so that this file does not hold what it looks for.
 UNSAFE = {
-    "runs code from a model's repository": "trust_" + "remote_code",
+    "runs code from a model's repository": "trust_" + r"remote_code[\"']?\s*[=:](?!\s*False\b)",
     "unpickles a checkpoint": r"weights_only\s*=\s*False",
     "listens on every interface": r"(?<![\d.])0\.0\.0\.0",
     "opens Jupyter without a token": r"token\s*=\s*(?:''|\"\")",
