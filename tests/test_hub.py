@@ -62,6 +62,7 @@ def hub(published, tmp_path, monkeypatch):
             for name, (revision, stored) in hub.repositories.items()}
     (tmp_path / "lock.json").write_text(json.dumps(lock))
     for name, value in {"LGAP_LOCK": "lock.json", "LGAP_CACHE": "cache", "LGAP_DATA": "data", "HF_HOME": "home"}.items():
+        (tmp_path / "data").mkdir(exist_ok=True)
         monkeypatch.setenv(name, str(tmp_path / value))
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
