@@ -68,7 +68,7 @@ def main():
     module = types.SimpleNamespace(is_available=lambda: True, device_count=lambda: 1, current_device=lambda: 0, is_initialized=lambda: True,
                                    _is_in_bad_fork=lambda: False)
     _setup_privateuseone_for_python_backend(KIND, module)
-    settings = {"num_inference_steps": 3, "strength": 0.5}
+    settings = {"num_inference_steps": 3, "strength": 0.5, "num_beams": 2, "max_length": 8}
     profile = models.get_profile("toy", **settings)
     here, x = models.load_defense(profile, device="cpu"), torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(0))
     expected = here.purify_one(x)
