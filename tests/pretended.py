@@ -65,10 +65,11 @@ class Calls(TorchFunctionMode):
 
 def main():
     from lgap_utils import models
+    from lgap_utils.keyed import Keys
     module = types.SimpleNamespace(is_available=lambda: True, device_count=lambda: 1, current_device=lambda: 0, is_initialized=lambda: True,
                                    _is_in_bad_fork=lambda: False)
     _setup_privateuseone_for_python_backend(KIND, module)
-    settings = {"num_inference_steps": 3, "strength": 0.5}
+    settings = {"num_inference_steps": 3, "strength": 0.5, "num_beams": 2, "max_length": 8}
     profile = models.get_profile("toy", **settings)
     here, x = models.load_defense(profile, device="cpu"), torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(0))
     expected = here.purify_one(x)
@@ -79,10 +80,14 @@ def main():
             print(error)
         there = models.load_defense(profile)
         assert {p.device.type for p in there.parameters()} == {KIND}
-        for image in (x, x.to(KIND), x.double()):
-            found = there.purify_one(image)
-            assert found.image.device == image.device and found.caption == expected.caption
-            assert (found.image.cpu() - expected.image).abs().max() < 1e-4 and (found.logits.cpu() - expected.logits).abs().max() < 1e-3
+        found = there.purify_one(x.double())            # an image of the CPU, in a precision that the device lacks
+        assert found.image.dtype == torch.float64 and found.caption == expected.caption
+        assert (found.image - expected.image).abs().max() < 1e-4 and (found.logits - expected.logits).abs().max() < 1e-3
+        with torch.no_grad():                           # and one that is there already
+            image = there.purify(x.to(KIND)[None], [expected.caption], Keys.of_content(x[None]))
+            logits = there.classify(image)
+        assert image.device.type == logits.device.type == KIND
+        assert (image.cpu()[0] - expected.image).abs().max() < 1e-4 and (logits.cpu()[0] - expected.logits).abs().max() < 1e-3
         try:
             torch.zeros(1, device=KIND).double()
         except TypeError as error:
