@@ -81,7 +81,7 @@ class bpda(View):  # noqa: N801
         with torch.no_grad():
             purified = self.purify(x.detach().clone(), keys)    # of its own: a purifier may hand back what it was given
         x = x.repeat_interleave(len(keys) // len(x), 0)
-        return self.defense.classify(purified + (x - x.detach()))      # adds exactly 0, and x's gradient
+        return self.defense.classify(purified + (x - x.detach()), keys)      # adds exactly 0, and x's gradient
 
 
 class full(View):  # noqa: N801
@@ -91,7 +91,7 @@ class full(View):  # noqa: N801
     """
 
     def forward(self, x, keys):
-        return self.defense.classify(self.purify(x, keys))
+        return self.defense.classify(self.purify(x, keys), keys)
 
 
 VIEWS = {"blind": blind, "bpda": bpda, "full": full}

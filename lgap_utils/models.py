@@ -597,7 +597,7 @@ def provenance(profile, defense, images):
     return {"profile": profile.name, "settings": dataclasses.asdict(profile), "weights": weights(profile),
             "defence": described(defense), "method": METHOD, "images": images.source,
             "versions": {name: version(name) for name in ("torch", "diffusers", "transformers", "robustbench", "pyautoattack", "scipy")},
-            "python": platform.python_version(), "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+            "python": platform.python_version(), "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper(),
             "tf32": torch.backends.cudnn.allow_tf32 and device.type == "cuda",
             "commit": git.stdout.strip() if git and git.returncode == 0 else None}
 
