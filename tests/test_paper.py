@@ -108,7 +108,8 @@ def test_all_seven_notebooks_of_paper_run_from_a_hub_cache(cache, tmp_path):
     assert set(results) == {"table 1", "table 2", "table 3", "table 4"}
     rows = {(row["name"], row["attack"]) for table in results.values() for row in table["rows"]}
     assert {("Carmon et al.", ""), ("Salman et al.", "AA"), ("Wong et al.", "AA"), ("LGAP", "BPDA 40+EOT")} <= rows     # run, not quoted
-    assert [results[f"table {k}"]["provenance"]["settings"]["dataset"] for k in range(1, 5)] == ["cifar10", "cifar100", "cifar10", "imagenet"]
+    datasets = [results[f"table {k}"]["provenance"]["settings"]["dataset"] for k in range(1, 5)]
+    assert datasets == ["cifar10", "cifar100", "cifar10", "imagenet"]
     purifier = results["table 1"]["provenance"]["defence"]["purifier"]["is"]
     assert (purifier["size"], purifier["num_inference_steps"], purifier["dtype"]) == (384, 50, "bfloat16")
     assert "inside" in (out / "tables" / "04_table1.md").read_text() or "outside" in (out / "tables" / "04_table1.md").read_text()

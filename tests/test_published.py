@@ -18,9 +18,10 @@ EVALUATIONS = {"table1_and_3": (1, True), "table1_as_it_came": (1, False), "tabl
 
 @pytest.fixture(scope="module")
 def described_here():
-    """{folder of an evaluation: what its defences are, as this checkout loads them}."""
+    """{folder of an evaluation that has published rows: what its defences are, as this checkout loads them}."""
     found = {}
-    for folder, (table, tuned) in EVALUATIONS.items():
+    for folder in {folder.parent.name for folder in FOLDERS}:
+        table, tuned = EVALUATIONS[folder]
         profile = get_profile("small", table)
         classifier = PUBLISHED / f"classifier_{profile.dataset}" if tuned else None
         defense = models.load_defense(profile, device="cpu", classifier=classifier)
@@ -28,8 +29,10 @@ def described_here():
     return found
 
 
-def test_there_are_published_rows_of_every_table():
-    assert {folder.parent.name for folder in FOLDERS} >= {"table1_and_3", "table2", "table4"} and len(FOLDERS) > 15
+def test_there_are_published_rows():
+    """Of Table 4 at least, whose classifier is as it came; those of a fine-tuned one go with the classifier."""
+    names = {folder.name for folder in FOLDERS if folder.parent.name == "table4"}
+    assert names == {"natural", "pgd-10", "autoattack", "bpda-40", "pgd-10-eps-0"}
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: f"{folder.parent.name}/{folder.name}")
