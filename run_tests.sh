@@ -14,7 +14,8 @@ own_folder() {
     if [ -d "$folder" ]; then return; fi
     rm -rf "$folder.part"
     if "$python" -m uv pip install --quiet --python "$python" --no-deps --target "$folder.part" torchattacks==3.5.1 ||
-        "$python" -m pip install --quiet --disable-pip-version-check --no-deps --target "$folder.part" torchattacks==3.5.1; then
+        "$python" -m pip install --quiet --disable-pip-version-check --no-deps --target "$folder.part" torchattacks==3.5.1 ||
+        uv pip install --quiet --python "$python" --no-deps --target "$folder.part" torchattacks==3.5.1; then
         mv "$folder.part" "$folder"
     else
         echo "torchattacks could not be installed into $folder, and the test of it will fail; the reason is above." >&2

@@ -594,10 +594,11 @@ def provenance(profile, defense, images):
     ask = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
     git = subprocess.run(ask, capture_output=True, text=True, check=False) if shutil.which("git") else None
     device = next((p.device for p in defense.parameters()), torch.device("cpu"))
+    what = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
     return {"profile": profile.name, "settings": dataclasses.asdict(profile), "weights": weights(profile),
             "defence": described(defense), "method": METHOD, "images": images.source,
             "versions": {name: version(name) for name in ("torch", "diffusers", "transformers", "robustbench", "pyautoattack", "scipy")},
-            "python": platform.python_version(), "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper(),
+            "python": platform.python_version(), "device": what,
             "tf32": torch.backends.cudnn.allow_tf32 and device.type == "cuda",
             "commit": git.stdout.strip() if git and git.returncode == 0 else None}
 

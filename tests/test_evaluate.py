@@ -10,6 +10,7 @@ import shutil
 import signal
 import sys
 import threading
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -539,8 +540,11 @@ def test_a_folder_that_another_writes_into_is_waited_for_and_nothing_is_done_twi
         second, found = Noisy(), []
         thread = threading.Thread(target=lambda: found.append(evaluation(tmp_path, purifier=second).run(ATTACK)))
         thread.start()
-        while "another process writes into" not in (said := capsys.readouterr().out):
+        said = ""
+        while "another process writes into" not in said:
             assert thread.is_alive(), said
+            time.sleep(0.01)
+            said += capsys.readouterr().out
         assert same(evaluation(tmp_path, purifier=first).run(ATTACK), unbroken[1])      # the holder may go on
     thread.join()
     assert same(found[0], unbroken[1]) and len(attacked(first)) == 8 and not attacked(second)
@@ -596,6 +600,23 @@ def test_purified_images_are_kept_and_taken_up_again(tmp_path):
         purify_rows(defense, images, tmp_path, config={"attack": {"eps": 1}}, x=images.x[:2])
     with pytest.raises(ValueError, match="x: whose images these are cannot be told from their rows; say it, as in attack="):
         purify_rows(defense, images, tmp_path, config={}, x=images.x)
+
+
+def test_purified_images_of_two_at_once_or_of_overlapping_shards_are_each_there_once(tmp_path):
+    images, purifier = some_images(), Noisy()
+    defense = LGAP(words, purifier, net)
+    whole = purify_rows(defense, images, tmp_path / "whole", config={}, seed=SEED)
+    purifier.keys.clear()
+    threads = [threading.Thread(target=purify_rows, args=(defense, images[part], tmp_path / "rows"),
+                                kwargs={"config": {}, "seed": SEED, "batch_size": 2}) for part in (slice(0, 5), slice(3, 8))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(key[1] for key in purifier.keys) == images.indices.tolist()          # none was purified twice
+    purify_rows(defense, images[:3], tmp_path / "other", config={}, seed=SEED, batch_size=3)
+    shutil.copytree(tmp_path / "other", tmp_path / "rows", dirs_exist_ok=True)
+    assert same(purify_rows(defense, images, tmp_path / "rows", config={}, seed=SEED), whole)
 
 
 # ---------------------------------------------------------------- cheap purifiers

@@ -60,8 +60,11 @@ def test_a_folder_has_one_writer_and_who_waits_says_so(tmp_path, capsys):
     with one_writer(folder):
         thread.start()
         entered.wait()
-        while "waiting for it" not in (said := capsys.readouterr().out):
+        said = ""
+        while not said.endswith("waiting for it\n"):
+            assert thread.is_alive(), said
             time.sleep(0.01)
+            said += capsys.readouterr().out
         released.append(True)
     thread.join()
     assert said == f"another process writes into {folder}; waiting for it\n" and waited == [1]

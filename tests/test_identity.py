@@ -2,6 +2,7 @@
 import copy
 import dataclasses
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lgap_utils import baselines, models
+from lgap_utils import baselines, data, models
 from lgap_utils.attacks import NATURAL, Attack
 from lgap_utils.data import Images
 from lgap_utils.defense import LGAP
@@ -141,6 +142,17 @@ def test_purified_images_of_an_unnamed_purifier_are_made_anew(tmp_path):
         assert set(table["purified"].iloc[0]) == {round(255 * level)}
 
 
+def test_fine_tuning_never_takes_pixels_of_another_purifier(profile, tmp_path, monkeypatch):
+    """`models.purified` of two purifiers that do not say what they are, in one folder of outputs."""
+    monkeypatch.setenv("LGAP_OUTPUTS", str(tmp_path))
+    images = data.load_images("toy", "train", 2)
+    for level in (0.25, 0.75):
+        part = lambda x, captions, keys, level=level: torch.full_like(x, level)
+        own = models.load_defense(profile, captioner=no_words, purifier=part, device="cpu")
+        table = models.purified(profile, own, images, "03_train_toy")
+        assert {value for pixels in table["purified"] for value in pixels} == {round(255 * level)}
+
+
 class Doubled(LGAP):
     def purify(self, x, *args, **kwargs):
         return super().purify(x, *args, **kwargs) * 0
@@ -262,5 +274,5 @@ def test_what_a_part_is_does_not_depend_on_the_process(profile, defense):
     """Hashes of text are other ones in each process, and so would be the order of a set."""
     fields = {name: value for name, value in dataclasses.asdict(profile).items() if name != "tables"}
     done = subprocess.run([sys.executable, "-c", SCRIPT, json.dumps(fields)], cwd=ROOT, capture_output=True, text=True,
-                          env={"HF_HUB_OFFLINE": "1", "PATH": ""})
+                          env=os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONHASHSEED": "7"})
     assert done.stdout.strip() == told(defense), done.stderr

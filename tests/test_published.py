@@ -1,12 +1,14 @@
 """Published rows are those that this checkout would make: it accepts them, in the folder where a run would look for them."""
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
 from lgap_utils import baselines, models
+from lgap_utils.attacks import Attack
 from lgap_utils.defense import METHOD
-from lgap_utils.evaluate import described
+from lgap_utils.evaluate import described, slug
 from lgap_utils.profiles import get_profile
 from lgap_utils.rows import Rows, difference
 
@@ -36,10 +38,14 @@ def test_there_are_published_rows():
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: f"{folder.parent.name}/{folder.name}")
-def test_the_checkout_accepts_published_rows(folder, described_here):
+def test_the_checkout_accepts_published_rows(folder, described_here, tmp_path):
     config = json.loads((folder / "config.json").read_text())
     profile = get_profile("small", EVALUATIONS[folder.parent.name][0])
     here = json.loads(json.dumps(described_here[folder.parent.name]))
+    assert slug(config["attack"]["name"]) == folder.name and Attack(**config["attack"]).settings() == config["attack"]
+    assert (config["attack"]["eps_255"], config["attack"]["step_size_255"]) in (
+        (profile.eps_255, profile.step_size_255), (0, profile.step_size_255), (0, 2))
+    folder = shutil.copytree(folder, tmp_path / folder.name)            # a shard that is not whole would be set aside
     assert config["method"] == METHOD and not difference(config["defences"], {name: here[name] for name in config["defences"]})
     assert (config["seed"], config["n_draws"], config["dataset"]) == (profile.seed, profile.n_draws, profile.dataset)
     table = Rows(folder, config, ("index", "defence", "draw")).read()

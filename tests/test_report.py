@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+import threading
 import warnings
 from types import SimpleNamespace
 
@@ -314,6 +315,23 @@ def test_a_torn_or_foreign_results_file_is_refused_and_left_alone(content, tmp_p
         with pytest.raises(ValueError, match="results.json is (torn or not JSON|not a results.json of this software).*move it away"):
             what()
     assert (tmp_path / "results.json").read_bytes() == content
+
+
+def test_of_two_that_write_at_once_neither_loses_the_others_table(tmp_path, monkeypatch):
+    """The second begins while the first has read what there is and not yet written."""
+    entered, second, whole = threading.Event(), [], report.write_whole
+
+    def write(path, content):
+        if not entered.is_set():
+            entered.set()
+            second[0].start()
+            second[0].join(0.2)                     # without a lock it would be done by now
+        whole(path, content)
+    second.append(threading.Thread(target=report.write_results, args=(tmp_path, 2, [ours()], *on_paper_data(2), {})))
+    monkeypatch.setattr(report, "write_whole", write)
+    report.write_results(tmp_path, 1, [ours()], *on_paper_data(1), {})
+    second[0].join()
+    assert set(report.check_results(tmp_path)) == {"table 1", "table 2"}
 
 
 ATTACK, STRONGER = get_attack("blind PGD-40"), get_attack("BPDA-40")

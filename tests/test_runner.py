@@ -321,7 +321,7 @@ def test_a_damaged_kernel_and_a_missing_package_are_told(tmp_path, monkeypatch):
 
 def test_a_cell_that_takes_too_long_is_named(write, monkeypatch):
     """papermill, given a limit, interrupts the cell."""
-    limited = functools.partial(papermill.execute_notebook, execution_timeout=1)
+    limited = functools.partial(papermill.execute_notebook, execution_timeout=10)
     monkeypatch.setattr(papermill, "execute_notebook", limited)
     said = failure(write("01_first", "PROFILE = 'toy'", "import time\ntime.sleep(60)", "print('never')"))
     assert "01_first.ipynb failed after" in said and "cell [3], `import time`: KeyboardInterrupt\n" in said
@@ -336,7 +336,7 @@ def test_a_kernel_that_a_signal_ends_is_noticed(number, write):
 
 
 @pytest.mark.parametrize("command", [["lgap_utils.runner", "--list"], ["lgap_utils.runner", "--help"],
-                                     ["lgap_utils", "doctor", "--help"]])
+                                     ["lgap_utils", "doctor", "--help"], ["lgap_utils", "doctor", "toy"]])
 def test_a_reader_that_goes_away_is_no_error(command):
     piped = ["bash", "-c", '"$@" | true; exit "${PIPESTATUS[0]}"', ""]
     done = subprocess.run([*piped, sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True)
