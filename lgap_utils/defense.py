@@ -143,7 +143,18 @@ class LatentPurifier(nn.Module):
         return {name: getattr(self, name) for name in self.SETTINGS} | {
             "name": "latent diffusion", "dtype": str(self.dtype).removeprefix("torch."),
             "networks and scheduler": digest([[type(part).__name__, config_digest(part.config)] for part in made_of]),
-            "tokenizer": tokenizer_digest(self.tokenizer)}
+            "tokenizer": tokenizer_digest(self.tokenizer)} | self._set_by_hand()
+
+    def _set_by_hand(self):
+        """What was changed of scheduler and UNet since they were made, which their configurations do not tell."""
+        found, made = {}, type(self.scheduler).from_config(self.scheduler.config)
+        alphas = [[*s.alphas_cumprod.tolist(), float(s.final_alpha_cumprod)] for s in (self.scheduler, made)]
+        if alphas[0] != alphas[1]:
+            found["alphas_cumprod"] = digest(alphas[0])
+        free_u = [[getattr(block, name, None) for name in ("s1", "s2", "b1", "b2")] for block in self.unet.up_blocks]
+        if any(value is not None for values in free_u for value in values):
+            found["free_u"] = free_u
+        return found
 
     @contextlib.contextmanager
     def using(self, **settings):

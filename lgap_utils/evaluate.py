@@ -24,7 +24,7 @@ def described(defense):
     """What a defence is, as plain data: the identity of each of its parts, and the size that it classifies at."""
     parts = {part: identity(getattr(defense, part)) for part in ("captioner", "purifier", "classifier")}
     if type(defense) is not LGAP:           # a subclass may purify or classify in its own way
-        parts["defence"] = identity(defense) | {"weights": None}
+        parts["defence"] = identity(defense)
     return parts | {"input_size": defense.input_size}
 
 
@@ -37,7 +37,7 @@ def rows_of(folder, slug, config, parts, key=("index",), also=()):
         return Rows(Path(folder) / slug, config, key)
     place = Path(folder) / "unnamed" / f"{slug}-{digest(config)}"
     if not place.exists():
-        print(f"{unnamed[0]} has no settings() of its own and cannot be told from another one: its rows serve this process alone, in "
+        print(f"{unnamed[0]} has no settings() of its own and cannot be told from another one: its rows serve this run alone, in "
               f"{place}. To have them resumed, say what it is: lgap_utils.identity.named(part, 'a name', sigma=0.9)", flush=True)
     return Rows(place, config, key)
 
@@ -69,7 +69,7 @@ class Evaluation:
         self.target = next(iter(self.defenses.values()))
         self.device = next((p.device for p in self.target.parameters()), torch.device("cpu"))
         self.n_draws, self.seed, self.room = n_draws, seed, Room(batch_size, self.device)
-        self.given, self.token, self.known = config, uuid.uuid4().hex, known_images(images)
+        self.given, self.known = config, known_images(images)
 
     def run(self, attack, indices=None):
         """A DataFrame with a row per image, defence and draw, computed where it is missing and kept.
@@ -112,10 +112,10 @@ class Evaluation:
         config = {**self.given, "target": next(iter(parts)), "defences": parts, "n_draws": self.n_draws, "seed": self.seed,
                   "method": METHOD, "attack": attack.settings()}
         also = []
-        if unnamed_in(parts):
-            config["process"] = self.token
-        if attack.foreign and "settings" not in vars(type(attack)):     # its code may be another by the next run
-            config["process"], also = uuid.uuid4().hex, [f"the attack {attack.name!r} ({type(attack).__qualname__})"]
+        if attack.foreign and "settings" not in vars(type(attack)):
+            also = [f"the attack {attack.name!r} ({type(attack).__qualname__})"]
+        if also or unnamed_in(parts):
+            config["run"] = uuid.uuid4().hex                            # it may be another by the next run
         return rows_of(self.folder, slug(attack.name), config, parts, ("index", "defence", "draw"), also)
 
     def draws_of(self, defense):
@@ -253,7 +253,7 @@ def purify_rows(defense, images, folder, *, config, x=None, seed=0, batch_size=6
     parts = {"LGAP": described(defense)}
     config = {**config, "defence": parts["LGAP"], "seed": seed, "method": METHOD}
     if unnamed_in(parts):
-        config["process"] = uuid.uuid4().hex
+        config["run"] = uuid.uuid4().hex
     folder = Path(folder)
     rows, known = rows_of(folder.parent, folder.name, config, parts), known_images(images)
     table = rows.read()

@@ -1,12 +1,13 @@
 """What a row depends on: a captioner, purifier or classifier as plain data that is equal where, and only where, the part is the same.
 
 A part says what it is in `settings()`; its weights and buffers are counted beside that. A part that says nothing cannot be told
-from one with another attribute, closure or code, so its rows are kept for one evaluation alone. `named` lets it speak.
+from one with another attribute, closure or code, so its rows are kept for one run alone. `named` lets it speak.
 """
 from __future__ import annotations
 
 import functools
 import hashlib
+import io
 import json
 
 import torch
@@ -38,9 +39,10 @@ def identity(part):
     told = _told(part)
     weights = state_digest(part) if isinstance(part, torch.nn.Module) else None
     if not told:
-        attributes = {name: repr(value) for name, value in getattr(part, "__dict__", {}).items() if not name.startswith("_")}
-        return {"unnamed": _name(part), "attributes": digest(attributes), "weights": weights}
+        return {"unnamed": _name(part), "weights": weights}
     try:
+        if not isinstance(told, dict):
+            raise TypeError(f"got {type(told).__name__}")
         digest(told)
     except (TypeError, ValueError) as error:
         raise ValueError(f"settings() of {_name(part)}: expected numbers, text, and lists or dicts of these ({error})") from None
@@ -53,7 +55,7 @@ def _told(part):
     own = getattr(part, "__dict__", {})
     if "settings" not in own and "settings" not in vars(type(part)):
         return None
-    return part.settings()
+    return part.settings() if callable(part.settings) else None         # an attribute of that name says something else
 
 
 def _name(part):
@@ -61,9 +63,16 @@ def _name(part):
 
 
 def unnamed_in(parts):
-    """The names of parts that do not say what they are, in {defence: {part: identity}}."""
-    return [f"{part} of {defence!r} ({told['unnamed']})" for defence, described in parts.items()
-            for part, told in described.items() if isinstance(told, dict) and "unnamed" in told]
+    """The names of parts that do not say what they are, or are made of one that does not, in {defence: {part: identity}}."""
+    return [f"{part} of {defence!r} ({name})" for defence, described in parts.items()
+            for part, told in described.items() if (name := _unnamed(told))]
+
+
+def _unnamed(told):
+    """The first name under "unnamed" anywhere in nested dicts, or None."""
+    if not isinstance(told, dict):
+        return None
+    return told.get("unnamed") or next(filter(None, map(_unnamed, told.values())), None)
 
 
 def digest(value):
@@ -73,13 +82,20 @@ def digest(value):
 
 
 def state_digest(module):
-    """A short digest of a module's parameters and buffers, those that are not saved with it too: name, kind, shape and values."""
+    """A short digest of a module's parameters and buffers, those that are not saved with it too: name, kind, shape and values;
+    and of whatever else it saves, as the packed weights of quantised layers."""
     tensors = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
+    saved = module.state_dict()
     found = hashlib.blake2b(digest_size=8)
     for name, tensor in sorted(tensors.items()):
-        values = tensor.detach().cpu().contiguous()
+        values = tensor.detach().cpu()
+        values = (values.to_dense() if values.layout is not torch.strided else values).contiguous()
         found.update(f"{name} {values.dtype} {list(values.shape)} ".encode())
         found.update(values.flatten().view(torch.uint8).numpy().tobytes())
+    for name in sorted(saved.keys() - tensors.keys()):
+        buffer = io.BytesIO()
+        torch.save(saved[name], buffer)
+        found.update(name.encode() + buffer.getvalue())
     return found.hexdigest()
 
 

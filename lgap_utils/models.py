@@ -522,8 +522,8 @@ def finetune(profile, defense):
 def _finetune(profile, defense, folder):
     from . import train
     from .data import load_images
-    record, began_as = profile.finetuned / "finetuning.json", state_digest(defense.classifier)
     _check_architecture(profile, defense.classifier)
+    record, began_as = profile.finetuned / "finetuning.json", state_digest(defense.classifier)
     tuning = load_images(profile.dataset, "train", profile.n_finetune)
     validation = load_images(profile.dataset, "validation", min(profile.n_validation, profile.n_finetune))
     rows = purified(profile, defense, tuning, f"03_train_{profile.dataset}")
@@ -542,12 +542,18 @@ def _finetune(profile, defense, folder):
 
 def _check_architecture(profile, classifier):
     """Refuse a classifier that `save_classifier_like` would save as one that it is not."""
-    shapes = lambda net: {name: list(value.shape) for name, value in net.state_dict().items()}
     expected = load_classifier(profile.classifier, device="cpu")
-    if type(classifier) is not type(expected) or shapes(classifier) != shapes(expected):
+    if type(classifier) is not type(expected) or _shape_of(classifier) != _shape_of(expected):
         raise ValueError(f"classifier: this {type(classifier).__name__} has not the architecture of {profile.classifier!r}, as which it "
                          "would be saved; fine-tune it with train.finetune and keep its weights yourself, or save it with "
                          "models.save_classifier and name that folder as the profile's classifier")
+
+
+def _shape_of(net):
+    """The shapes of what is saved of a network, and the values of the buffers that are not, which its configuration gives."""
+    saved = net.state_dict()
+    fixed = {name: value.tolist() for name, value in net.named_buffers() if name not in saved}
+    return {name: list(value.shape) for name, value in saved.items()}, fixed
 
 
 def _finetuning(profile, defense, began_as):
@@ -576,9 +582,10 @@ def load_finetuned(profile):
 
 def finetuned(profile):
     """`load_finetuned`, after `finetune` where nothing was fine-tuned for this profile yet. What is there is not done again."""
-    if not (profile.finetuned / "finetuning.json").is_file():
-        finetune(profile, load_defense(profile))
-    return load_finetuned(profile)
+    with one_writer(profile.outputs / "rows" / f"03_finetune_{profile.dataset}", wait=True):
+        if not (profile.finetuned / "finetuning.json").is_file():
+            finetune(profile, load_defense(profile))
+        return load_finetuned(profile)
 
 
 def provenance(profile, defense, images):

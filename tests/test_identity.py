@@ -16,7 +16,7 @@ from lgap_utils.attacks import NATURAL, Attack
 from lgap_utils.data import Images
 from lgap_utils.defense import LGAP
 from lgap_utils.evaluate import Evaluation, described, purify_rows
-from lgap_utils.identity import identity, named, state_digest
+from lgap_utils.identity import identity, named, state_digest, unnamed_in
 from lgap_utils.keyed import generator
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -123,6 +123,35 @@ def test_a_named_part_is_resumed_by_another_process_and_an_unnamed_one_is_not(tm
         assert rows_of(tmp_path, part) == [5] * 4 and len(asked) == calls, k
     with pytest.raises(ValueError, match="classifier.is.level: there 5, here 6"):
         rows_of(tmp_path, named(constant(6), "slow", level=6))
+
+
+def test_a_part_that_is_exchanged_between_two_runs_of_one_evaluation_is_run_anew(tmp_path):
+    defense = LGAP(no_words, baselines.nothing(), constant(1), IMAGES.classes)
+    run = Evaluation({"LGAP": defense}, IMAGES, tmp_path, config={})
+    for label in (1, 3):
+        defense.classifier = constant(label)
+        assert run.run(NATURAL)["adversarial"].tolist() == [label] * 4
+
+
+def test_what_is_made_of_an_unnamed_part_is_unnamed(defense):
+    heir = copy.deepcopy(defense.purifier)
+    heir.__class__ = type("Heir", (type(heir),), {})
+    told = {"LGAP": described(LGAP(no_words, baselines.without_caption(heir), named(constant(1), "one")))}
+    assert unnamed_in(told) == ["purifier of 'LGAP' (Heir)"]
+
+
+@pytest.mark.parametrize("settings", [{"sigma": 1}, None, 3])
+def test_an_attribute_that_is_called_settings_is_no_word_about_the_part(settings):
+    part = Fixed(1)
+    part.settings = settings
+    assert "unnamed" in identity(part)
+
+
+def test_settings_that_are_no_dict_are_refused():
+    part = Fixed(1)
+    part.settings = lambda: "sigma 1"
+    with pytest.raises(ValueError, match="settings.. of Fixed: expected numbers, text, and lists or dicts of these .got str"):
+        identity(part)
 
 
 def test_an_attack_whose_code_may_have_changed_is_run_anew(tmp_path):
@@ -236,6 +265,34 @@ def test_every_setting_and_weight_counts(profile, defense):
     tuned.input_size = 16
     found.append(told(tuned))
     assert told(copy.deepcopy(defense)) == same and len({same, *found}) == len(found) + 1
+
+
+def test_what_is_set_by_hand_on_scheduler_and_unet_counts(defense):
+    same, found = told(defense), []
+    for change in (lambda p: p.scheduler.alphas_cumprod.mul_(0.5), lambda p: p.unet.enable_freeu(s1=0.9, s2=0.2, b1=1.5, b2=1.6)):
+        other = copy.deepcopy(defense)
+        change(other.purifier)
+        found.append(told(other))
+    assert len({same, *found}) == 3 and told(defense) == same
+
+
+class Headed(LGAP):
+    settings = lambda self: {"name": "headed"}
+
+    def __init__(self, bias):
+        super().__init__(no_words, baselines.nothing(), named(constant(1), "one"))
+        self.head = torch.nn.Linear(10, 10)
+        torch.nn.init.constant_(self.head.weight, bias)
+
+
+def test_weights_of_a_defence_and_of_quantised_and_sparse_layers_count():
+    assert described(Headed(1.0)) != described(Headed(2.0)) and "unnamed" not in described(Headed(1.0))["defence"]
+    nets = [torch.nn.Sequential(torch.nn.Linear(4, 4)) for _ in range(2)]
+    quantised = [torch.ao.quantization.quantize_dynamic(net, {torch.nn.Linear}) for net in nets]
+    assert state_digest(quantised[0]) != state_digest(quantised[1]) and state_digest(quantised[0]) == state_digest(quantised[0])
+    sparse = torch.nn.Module()
+    sparse.register_buffer("mask", torch.eye(3).to_sparse())
+    assert len(state_digest(sparse)) == 16
 
 
 def test_buffers_count_that_are_not_saved_and_kinds_and_shapes():

@@ -519,6 +519,8 @@ def test_a_classifier_of_the_users_own_is_not_taken_for_the_profiles_fine_tuned_
     other = models.load_defense(own, classifier=models.new_wide_resnet(16, 1, 10), device="cpu")
     with pytest.raises(ValueError, match="classifier: this WideResNet has not the architecture of '.*', as which it would be saved"):
         models.finetune(own, other)
+    with pytest.raises(ValueError, match="classifier: this function has not the architecture of"):
+        models.finetune(own, models.load_defense(own, classifier=lambda x: x.flatten(1)[:, :10], device="cpu"))
     assert not own.finetuned.exists()
     same = models.load_defense(own, device="cpu")
     same.classifier.fc.bias.data += 1
