@@ -62,8 +62,8 @@ def hub(published, tmp_path, monkeypatch, request):
             for name, (revision, stored) in hub.repositories.items()}
     (tmp_path / "lock.json").write_text(json.dumps(lock))
     for name, value in {"LGAP_LOCK": "lock.json", "LGAP_CACHE": "cache", "LGAP_DATA": "data", "HF_HOME": "home"}.items():
-        (tmp_path / "data").mkdir(exist_ok=True)
         monkeypatch.setenv(name, str(tmp_path / value))
+    (tmp_path / "data").mkdir()
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
