@@ -10,4 +10,4 @@ case ${1:-} in
     -h | --help | --list) find_python ;;   # these need no package, hence no environment
     *) set_up ;;
 esac
-exec "$python" -m lgap_utils.runner "$@"
+exec "$python" -m tools.runner "$@"

@@ -3,6 +3,7 @@
 Paper section 3. `LGAP` is the defence and knows three callables; `LatentPurifier` is its diffusion step (section 3.2).
 Nothing in here says `no_grad` about images: whoever calls decides whether a gradient is wanted.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -17,9 +18,19 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from .checks import (
+    _first,
+    _kind,
+    check_evaluating,
+    check_images,
+    check_networks,
+    check_purified,
+    check_range,
+    look_like_softmax,
+)
 from .identity import config_digest, digest, tokenizer_digest
-from .images import check_images, read_image
-from .keyed import Keys
+from .images import read_image
+from .noise import Keys
 from .profiles import check_guidance, check_whole, denoising_steps
 
 # Of everything that decides a row: raise it with any change of a result (tests/test_golden.py), and old rows are refused.
@@ -42,43 +53,13 @@ def noise_schedule(scheduler, strength, num_inference_steps, time_grid="compvis"
     raise ValueError(f"no time_grid {time_grid!r}; choose from ['compvis', 'diffusers']")
 
 
-PLAIN = "take a plain text-to-image model such as Stable Diffusion 1 or 2"
-
-
-def check_networks(vae, unet, text, tokenizer, scheduler):
-    """Refuse networks that `LatentPurifier` cannot run, by their configurations, in one sentence."""
-    if unet.in_channels != vae.latent_channels:
-        raise ValueError(f"unet: it takes {unet.in_channels} channels and the VAE's latents have {vae.latent_channels}; "
-                         f"one for inpainting (9 channels) or instructions (8) wants more than a latent, {PLAIN}")
-    if unet.out_channels != vae.latent_channels:
-        raise ValueError(f"unet: it gives {unet.out_channels} channels and the VAE's latents have {vae.latent_channels}; "
-                         f"one that predicts a variance, too, is not supported, {PLAIN}")
-    if unet.class_embed_type is not None or unet.num_class_embeds is not None:
-        raise ValueError(f"unet: it wants a class beside the caption, {PLAIN}")
-    if unet.addition_embed_type not in (None, "text") or unet.encoder_hid_dim_type not in (None, "text_proj"):
-        raise ValueError("unet: it wants more than one text encoder's states, as those of SDXL and Kandinsky do (addition_embed_type="
-                         f"{unet.addition_embed_type!r}, encoder_hid_dim_type={unet.encoder_hid_dim_type!r}), {PLAIN}")
-    width = unet.encoder_hid_dim if unet.encoder_hid_dim_type else unet.cross_attention_dim
-    widths = set(width) if isinstance(width, (list, tuple)) else {width}
-    if widths != {text.hidden_size}:
-        raise ValueError(f"unet: it reads text of width {', '.join(map(str, sorted(widths)))} and the text encoder's is "
-                         f"{text.hidden_size}; take both from one model")
-    if tokenizer.model_max_length > text.max_position_embeddings:
-        raise ValueError(f"tokenizer: it gives {tokenizer.model_max_length} tokens and the text encoder reads "
-                         f"{text.max_position_embeddings}; set its model_max_length")
-    if vae.in_channels != 3 or vae.shift_factor is not None or vae.latents_mean is not None:
-        raise ValueError("vae: expected one of RGB images whose latents are scaled and not shifted, as in Stable Diffusion 1 and 2")
-    if scheduler.config.prediction_type not in ("epsilon", "sample", "v_prediction"):
-        raise ValueError(f"scheduler: no DDIM step for the prediction type {scheduler.config.prediction_type!r}; "
-                         "choose from ['epsilon', 'sample', 'v_prediction']")
-
-
 @dataclass
 class Trace:
     """What a purification went through: pass one in to have it filled; its images are [n, 3, h, w] in [0, 1], detached."""
-    times: list = field(default_factory=list)       # of the noise, then the one that each step is told
-    latents: list = field(default_factory=list)     # z_t after the noise, then after each step
-    denoised: list = field(default_factory=list)    # the image each step expects at the end
+
+    times: list = field(default_factory=list)  # of the noise, then the one that each step is told
+    latents: list = field(default_factory=list)  # z_t after the noise, then after each step
+    denoised: list = field(default_factory=list)  # the image each step expects at the end
 
 
 class LatentPurifier(nn.Module):
@@ -89,12 +70,39 @@ class LatentPurifier(nn.Module):
     image; it is encoded, and its caption embedded, once. All weights are frozen. With `checkpointing`, the VAE and each
     denoising step are recomputed in the backward pass: the same gradient, and memory that does not grow with the steps.
     """
-    takes_draws = True
-    SETTINGS = ("size", "strength", "num_inference_steps", "guidance_scale", "time_grid", "vae_sample", "negative_prompt", "antialias",
-                "vae_input")
 
-    def __init__(self, vae, unet, text_encoder, tokenizer, scheduler, *, size, strength, num_inference_steps=50, guidance_scale=5.0,
-                 time_grid="compvis", vae_sample=True, negative_prompt="", antialias=True, vae_input="unit", checkpointing=True):
+    takes_draws = True
+    SETTINGS = (
+        "size",
+        "strength",
+        "num_inference_steps",
+        "guidance_scale",
+        "time_grid",
+        "vae_sample",
+        "negative_prompt",
+        "antialias",
+        "vae_input",
+    )
+
+    def __init__(
+        self,
+        vae,
+        unet,
+        text_encoder,
+        tokenizer,
+        scheduler,
+        *,
+        size,
+        strength,
+        num_inference_steps=50,
+        guidance_scale=5.0,
+        time_grid="compvis",
+        vae_sample=True,
+        negative_prompt="",
+        antialias=True,
+        vae_input="unit",
+        checkpointing=True,
+    ):
         super().__init__()
         self.vae, self.unet, self.text_encoder = vae.eval(), unet.eval(), text_encoder.eval()
         self.requires_grad_(False)
@@ -103,7 +111,7 @@ class LatentPurifier(nn.Module):
         self.guidance_scale, self.time_grid = guidance_scale, time_grid
         self.vae_sample, self.negative_prompt, self.checkpointing = vae_sample, negative_prompt, checkpointing
         self.antialias, self.vae_input = antialias, vae_input
-        self.truncated = 0                             # captions that were longer than the text encoder reads
+        self.truncated = 0  # captions that were longer than the text encoder reads
         check_networks(vae.config, unet.config, text_encoder.config, tokenizer, scheduler)
         self._check()
 
@@ -117,8 +125,10 @@ class LatentPurifier(nn.Module):
         check_whole("size", self.size)
         check_guidance(self.guidance_scale)
         halvings = len(self.vae.config.block_out_channels) - 1
-        if self.size % 2 ** halvings:
-            raise ValueError(f"size={self.size}: the VAE halves {halvings} times, expected a multiple of {2 ** halvings}")
+        if self.size % 2**halvings:
+            raise ValueError(
+                f"size={self.size}: the VAE halves {halvings} times, expected a multiple of {2**halvings}"
+            )
         if self.vae_input not in ("unit", "clip", "authors"):
             raise ValueError(f"no vae_input {self.vae_input!r}; choose from ['unit', 'clip', 'authors']")
         noise_schedule(self.scheduler, self.strength, self.num_inference_steps, self.time_grid)
@@ -140,10 +150,18 @@ class LatentPurifier(nn.Module):
     def settings(self):
         """What defines the purification, by name; networks, scheduler and tokenizer by digests of their configurations."""
         made_of = (self.vae, self.unet, self.text_encoder, self.scheduler)
-        return {name: getattr(self, name) for name in self.SETTINGS} | {
-            "name": "latent diffusion", "dtype": str(self.dtype).removeprefix("torch."),
-            "networks and scheduler": digest([[type(part).__name__, config_digest(part.config)] for part in made_of]),
-            "tokenizer": tokenizer_digest(self.tokenizer)} | self._set_by_hand()
+        return (
+            {name: getattr(self, name) for name in self.SETTINGS}
+            | {
+                "name": "latent diffusion",
+                "dtype": str(self.dtype).removeprefix("torch."),
+                "networks and scheduler": digest(
+                    [[type(part).__name__, config_digest(part.config)] for part in made_of]
+                ),
+                "tokenizer": tokenizer_digest(self.tokenizer),
+            }
+            | self._set_by_hand()
+        )
 
     def _set_by_hand(self):
         """What was changed of scheduler and UNet since they were made, which their configurations do not tell."""
@@ -151,7 +169,9 @@ class LatentPurifier(nn.Module):
         alphas = [[*s.alphas_cumprod.tolist(), float(s.final_alpha_cumprod)] for s in (self.scheduler, made)]
         if alphas[0] != alphas[1]:
             found["alphas_cumprod"] = digest(alphas[0])
-        free_u = [[getattr(block, name, None) for name in ("s1", "s2", "b1", "b2")] for block in self.unet.up_blocks]
+        free_u = [
+            [getattr(block, name, None) for name in ("s1", "s2", "b1", "b2")] for block in self.unet.up_blocks
+        ]
         if any(value is not None for values in free_u for value in values):
             found["free_u"] = free_u
         return found
@@ -170,16 +190,20 @@ class LatentPurifier(nn.Module):
         finally:
             for name, value in old.items():
                 setattr(self, name, value)
-            self._check()                   # the scheduler's steps, too
+            self._check()  # the scheduler's steps, too
 
     def embed(self, captions):
         """C = tau(caption): the text encoder's last hidden states [n, tokens, width]."""
         length = self.tokenizer.model_max_length
-        tokens = self.tokenizer(list(captions), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        tokens = self.tokenizer(
+            list(captions), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+        )
         full = self.tokenizer(list(captions), truncation=False, verbose=False).input_ids
         if cut := sum(len(ids) > length for ids in full):
             self.truncated += cut
-            warnings.warn(f"{cut} of {len(full)} captions are longer than the text encoder's {length} tokens and were cut")
+            warnings.warn(
+                f"{cut} of {len(full)} captions are longer than the text encoder's {length} tokens and were cut"
+            )
         with torch.no_grad():
             return self.text_encoder(tokens.input_ids.to(self.device)).last_hidden_state
 
@@ -188,9 +212,10 @@ class LatentPurifier(nn.Module):
             return function(*args)
         settings = {name: getattr(self, name) for name in self.SETTINGS}
 
-        def as_it_was(*args):               # the backward pass recomputes it, by when the settings may be others
+        def as_it_was(*args):  # the backward pass recomputes it, by when the settings may be others
             with self.using(**settings):
                 return function(*args)
+
         return checkpoint(as_it_was, *args, use_reentrant=False)
 
     def resize(self, x, size):
@@ -213,12 +238,16 @@ class LatentPurifier(nn.Module):
         posterior = self.vae.encode(self.pixels(x, keys.indices[::n_draws]).to(self.dtype)).latent_dist
         z = posterior.mean.to(x).repeat_interleave(n_draws, 0)
         if self.vae_sample:
-            z = z + posterior.std.to(x).repeat_interleave(n_draws, 0) * keys.normal(z.shape[1:], "posterior").to(z)
+            z = z + posterior.std.to(x).repeat_interleave(n_draws, 0) * keys.normal(
+                z.shape[1:], "posterior"
+            ).to(z)
         return z * self.vae.config.scaling_factor
 
     def decode(self, z):
         """x = D(z_0), back in [0, 1]."""
-        return (self.vae.decode((z / self.vae.config.scaling_factor).to(self.dtype)).sample.to(z) / 2 + 0.5).clamp(0, 1)
+        return (
+            self.vae.decode((z / self.vae.config.scaling_factor).to(self.dtype)).sample.to(z) / 2 + 0.5
+        ).clamp(0, 1)
 
     def step(self, z, t, text):
         """One DDIM step z_t -> z_{t'}: (z_{t'}, the z_0 it expects). `text`: [negative; caption], or [caption] at guidance scale 1."""
@@ -232,13 +261,17 @@ class LatentPurifier(nn.Module):
 
     def forward(self, x, captions, keys=None, trace=None):
         keys = Keys.of_content(x) if keys is None else keys
-        t_noise, times = noise_schedule(self.scheduler, self.strength, self.num_inference_steps, self.time_grid)
+        t_noise, times = noise_schedule(
+            self.scheduler, self.strength, self.num_inference_steps, self.time_grid
+        )
         text = self.embed(list(captions)).repeat_interleave(len(keys) // len(x), 0)
         if self.guidance_scale != 1:
             text = torch.cat([self.embed([self.negative_prompt]).expand_as(text), text])
 
         # latents and DDIM stay in single precision where the networks have half: 25 roundings would add up
-        working = self.resize(x.to(self.device, torch.promote_types(self.dtype, torch.float32)), (self.size, self.size))
+        working = self.resize(
+            x.to(self.device, torch.promote_types(self.dtype, torch.float32)), (self.size, self.size)
+        )
         z = self._recomputed(self.encode, working, keys)
         noise = keys.normal(z.shape[1:], "noise").to(z)
         z = self.scheduler.add_noise(z, noise, torch.full((len(z),), t_noise, device=z.device))
@@ -255,8 +288,11 @@ class LatentPurifier(nn.Module):
         return self.resize(self._recomputed(self.decode, z), x.shape[-2:]).to(x)
 
 
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)    # what BLIP's pixels are normalised by
-AUTHORS_BATCH = 32      # images in a batch of the authors' CIFAR scripts, on which their slip depends; here an image's index says its place
+CLIP_MEAN, CLIP_STD = (
+    (0.48145466, 0.4578275, 0.40821073),
+    (0.26862954, 0.26130258, 0.27577711),
+)  # what BLIP's pixels are normalised by
+AUTHORS_BATCH = 32  # images in a batch of the authors' CIFAR scripts, on which their slip depends; here an image's index says its place
 
 
 def resize(x, size, antialias=True):
@@ -264,12 +300,13 @@ def resize(x, size, antialias=True):
     if tuple(x.shape[-2:]) == tuple(size):
         return x
     y = F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False, antialias=antialias)
-    return y + (y.clamp(0, 1) - y).detach()   # mends rounding only; a clamp's own gradient is 0 at 0 and at 1
+    return y + (y.clamp(0, 1) - y).detach()  # mends rounding only; a clamp's own gradient is 0 at 0 and at 1
 
 
 @dataclass(frozen=True)
 class Purified:
     """What became of one image; `image` [3, h, w] in [0, 1], `logits` [classes]."""
+
     image: torch.Tensor
     caption: str
     logits: torch.Tensor
@@ -278,65 +315,6 @@ class Purified:
     @property
     def label(self):
         return int(self.logits.argmax())
-
-
-def check_evaluating(part, role):
-    """Refuse a part that would answer as in training: differently each time, or for other neighbours in the batch."""
-    for name, module in part.named_modules() if isinstance(part, nn.Module) else [("", part)]:
-        whose = f"{role}: its `{name}` ({type(module).__name__})" if name else f"{role}: it"
-        if getattr(module, "training", False):
-            raise ValueError(f"{whose} is in training mode, so its answers depend on chance or on the batch; "
-                             "call .eval() first")
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
-            raise ValueError(f"{whose} keeps no running statistics, so its answers depend on the batch")
-
-
-def check_purified(purified, shape, keys):
-    """Refuse what cannot be purified images: floats of this shape, finite, and in [0, 1] but for noise."""
-    if not isinstance(purified, torch.Tensor) or not purified.is_floating_point():
-        raise TypeError(f"purifier: its output is {_kind(purified)}, expected {list(shape)} as a tensor of floats "
-                        "in [0, 1]")
-    if purified.shape != shape:
-        raise ValueError(f"purifier: its output is {list(purified.shape)}, expected {list(shape)}")
-    if (bad := ~torch.isfinite(purified.detach()).flatten(1).all(1)).any():
-        image, key = _first(bad, keys)
-        raise ValueError(f"purified {image} holds NaN or inf{key}")
-    check_range(purified, "purifier: its output for ", keys)
-
-
-def check_range(x, whose, keys=None):
-    """Refuse images that are not in [0, 1], but for noise: of standard deviation 0.25 it passes, of 0.5 it does not."""
-    values = x.detach().float()
-    sides = [min(8, side) for side in x.shape[2:]]
-    squares = F.avg_pool2d(values, sides, ceil_mode=True).flatten(1)        # in their means noise cancels out
-    outside = ((values - 0.5).abs() > 1).flatten(1).float().mean(1)         # the share of values more than 0.5 outside
-    bad = (squares.amin(1) < -0.25) | (squares.amax(1) > 1.25) | (outside > 0.05)
-    if not bad.any():
-        return
-    low, high = values.amin().item(), values.amax().item()
-    hint = "clamp or rescale it"
-    if low < -0.25 and high < 1.25:
-        hint = "it looks like an image in [-1, 1], which (x + 1) / 2 brings there"
-    elif low >= 0 and high > 100:
-        hint = "it looks like an image in [0, 255], divide by 255"
-    image, key = _first(bad, keys)
-    raise ValueError(f"{whose}{image} is not in [0, 1], values span [{low:.3g}, {high:.3g}]{key}; {hint}")
-
-
-def look_like_softmax(logits):
-    """Whether logits [n, classes] look like probabilities, on which gradient attacks are weaker than they should be."""
-    return bool((logits >= 0).all() and ((logits.sum(1) - 1).abs() < 1e-4).all())
-
-
-def _first(bad, keys):
-    """("image 1 of 3", " (key ...)") for the first that is marked in `bad` [n]; without keys ""."""
-    first = int(bad.nonzero()[0])
-    return f"image {first} of {len(bad)}", f" (key {keys.rows[first]})" if keys is not None else ""
-
-
-def _kind(answer):
-    """What a part answered with, in a word."""
-    return str(answer.dtype) if isinstance(answer, torch.Tensor) else type(answer).__name__
 
 
 class LGAP(nn.Module):
@@ -354,11 +332,13 @@ class LGAP(nn.Module):
         self.classes = tuple(classes) if classes is not None else None
         if input_size is not None:
             check_whole("input_size", input_size)
-        self.input_size = input_size        # pixels the classifier was made for; images of another size are resized to it
+        self.input_size = (
+            input_size  # pixels the classifier was made for; images of another size are resized to it
+        )
         for part in (captioner, purifier, classifier):
             if isinstance(part, nn.Module):
                 part.eval()
-        self.training = False      # attack libraries ask
+        self.training = False  # attack libraries ask
 
     def _part(self, role, *arguments):
         """The part of this name, if it can be asked: a callable of these arguments, in evaluation mode."""
@@ -369,13 +349,14 @@ class LGAP(nn.Module):
         try:
             called = part.forward if isinstance(part, nn.Module) else part
             signature = inspect.signature(called, follow_wrapped=False)
-        except (TypeError, ValueError):             # not every callable has one that Python can tell
+        except (TypeError, ValueError):  # not every callable has one that Python can tell
             return part
         try:
             signature.bind(*arguments)
         except TypeError:
-            raise TypeError(f"{role}: expected a callable of ({', '.join(arguments)}), "
-                            f"this one takes {signature}") from None
+            raise TypeError(
+                f"{role}: expected a callable of ({', '.join(arguments)}), this one takes {signature}"
+            ) from None
         return part
 
     def caption(self, x):
@@ -389,11 +370,15 @@ class LGAP(nn.Module):
     def _checked_captions(captions, n):
         """A list of n strings, from whatever hands them out in an order."""
         if isinstance(captions, (str, bytes, Set, Mapping)) or not isinstance(captions, Iterable):
-            raise TypeError(f"captions: expected a list of strings, one per image, got {type(captions).__name__}")
+            raise TypeError(
+                f"captions: expected a list of strings, one per image, got {type(captions).__name__}"
+            )
         captions = list(itertools.islice(captions, n + 1) if isinstance(captions, Iterator) else captions)
         if wrong := [i for i, caption in enumerate(captions) if not isinstance(caption, str)]:
-            raise TypeError("captions: expected a list of strings, one per image, "
-                            f"number {wrong[0]} is {captions[wrong[0]]!r:.80}")
+            raise TypeError(
+                "captions: expected a list of strings, one per image, "
+                f"number {wrong[0]} is {captions[wrong[0]]!r:.80}"
+            )
         if len(captions) != n:
             raise ValueError(f"captions: got {len(captions)} for {n} images, expected one each")
         return captions
@@ -408,11 +393,13 @@ class LGAP(nn.Module):
         purifier = self._part("purifier", "x", "captions", "keys", *["trace"] * (trace is not None))
         captions = self.caption(x) if captions is None else self._checked_captions(captions, len(x))
         if keys is not None and not isinstance(keys, Keys):
-            raise TypeError(f"keys: expected keyed.Keys, got {type(keys).__name__}")
+            raise TypeError(f"keys: expected noise.Keys, got {type(keys).__name__}")
         if keys is not None and (len(keys) == 0 or len(keys) % len(x)):
-            raise ValueError(f"keys: got {len(keys)} for {len(x)} images, expected one each, or the same number of draws for each")
+            raise ValueError(
+                f"keys: got {len(keys)} for {len(x)} images, expected one each, or the same number of draws for each"
+            )
         keys = Keys.of_content(x) if keys is None else keys
-        own = x.clone()                     # a part may work in place, and others still need x
+        own = x.clone()  # a part may work in place, and others still need x
         if (n_draws := len(keys) // len(x)) > 1 and not getattr(purifier, "takes_draws", False):
             own, captions = own.repeat_interleave(n_draws, 0), [c for c in captions for _ in range(n_draws)]
         purified = purifier(own, captions, keys) if trace is None else purifier(own, captions, keys, trace)
@@ -425,32 +412,42 @@ class LGAP(nn.Module):
         keys: of the images, if they have any, to name one whose logits are not finite.
         """
         if not isinstance(x, torch.Tensor) or not x.is_floating_point() or x.ndim != 4:
-            raise TypeError("images: expected a float tensor [n, 3, height, width] in [0, 1], got "
-                            f"{_kind(x)} {list(getattr(x, 'shape', []))}")
+            raise TypeError(
+                "images: expected a float tensor [n, 3, height, width] in [0, 1], got "
+                f"{_kind(x)} {list(getattr(x, 'shape', []))}"
+            )
         check_range(x, "images: ", keys)
         classifier, own = self._part("classifier", "x"), x.clone()
         own = own if self.input_size is None else resize(own, (self.input_size, self.input_size))
         weight = next(classifier.parameters(), None) if isinstance(classifier, nn.Module) else None
         answer = classifier(own if weight is None else own.to(weight.device, weight.dtype))
-        logits = getattr(answer, "logits", answer)          # transformers' classifiers answer with more than logits
+        logits = getattr(answer, "logits", answer)  # transformers' classifiers answer with more than logits
         return self._checked_logits(logits, x, keys)
 
     def _checked_logits(self, logits, x, keys):
         """Finite logits [n, classes] on the device of x."""
         expected = f"[{len(x)}, {len(self.classes) if self.classes is not None else 'classes'}]"
         if not isinstance(logits, torch.Tensor) or not logits.is_floating_point():
-            raise TypeError(f"classifier: its output is {_kind(logits)}, expected logits {expected} as a tensor of "
-                            "floats, or an object that has them as .logits")
+            raise TypeError(
+                f"classifier: its output is {_kind(logits)}, expected logits {expected} as a tensor of "
+                "floats, or an object that has them as .logits"
+            )
         logits = logits.to(x.device)
-        if logits.ndim != 2 or len(logits) != len(x) or (self.classes is not None and logits.shape[1] != len(self.classes)):
+        if (
+            logits.ndim != 2
+            or len(logits) != len(x)
+            or (self.classes is not None and logits.shape[1] != len(self.classes))
+        ):
             raise ValueError(f"classifier: its output has shape {list(logits.shape)}, expected {expected}")
         values = logits.detach().float()
         if (bad := ~torch.isfinite(values).all(1)).any():
             image, key = _first(bad, keys)
             raise ValueError(f"classifier: its output for {image} holds NaN or inf{key}")
         if look_like_softmax(values):
-            warnings.warn("classifier: its outputs look like softmax probabilities; logits were expected, and gradient "
-                          "attacks on probabilities are weaker than they should be")
+            warnings.warn(
+                "classifier: its outputs look like softmax probabilities; logits were expected, and gradient "
+                "attacks on probabilities are weaker than they should be"
+            )
         return logits
 
     def forward(self, x, captions=None, keys=None):

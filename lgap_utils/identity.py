@@ -3,6 +3,7 @@
 A part says what it is in `settings()`; its weights and buffers are counted beside that. A part that says nothing cannot be told
 from one with another attribute, closure or code, so its rows are kept for one run alone. `named` lets it speak.
 """
+
 from __future__ import annotations
 
 import functools
@@ -45,7 +46,9 @@ def identity(part):
             raise TypeError(f"got {type(told).__name__}")
         digest(told)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"settings() of {_name(part)}: expected numbers, text, and lists or dicts of these ({error})") from None
+        raise ValueError(
+            f"settings() of {_name(part)}: expected numbers, text, and lists or dicts of these ({error})"
+        ) from None
     ours = type(part).__module__.split(".")[0] == "lgap_utils"
     return {"is": told if ours else {"class": type(part).__name__} | told, "weights": weights}
 
@@ -55,7 +58,9 @@ def _told(part):
     own = getattr(part, "__dict__", {})
     if "settings" not in own and "settings" not in vars(type(part)):
         return None
-    return part.settings() if callable(part.settings) else None         # an attribute of that name says something else
+    return (
+        part.settings() if callable(part.settings) else None
+    )  # an attribute of that name says something else
 
 
 def _name(part):
@@ -64,8 +69,12 @@ def _name(part):
 
 def unnamed_in(parts):
     """The names of parts that do not say what they are, or are made of one that does not, in {defence: {part: identity}}."""
-    return [f"{part} of {defence!r} ({name})" for defence, described in parts.items()
-            for part, told in described.items() if (name := _unnamed(told))]
+    return [
+        f"{part} of {defence!r} ({name})"
+        for defence, described in parts.items()
+        for part, told in described.items()
+        if (name := _unnamed(told))
+    ]
 
 
 def _unnamed(told):
@@ -84,7 +93,9 @@ def digest(value):
 def state_digest(module):
     """A short digest of a module's parameters and buffers, those that are not saved with it too: name, kind, shape and values;
     and of whatever else it saves, as the packed weights of quantised layers."""
-    tensors = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
+    tensors = dict(module.named_parameters(remove_duplicate=False)) | dict(
+        module.named_buffers(remove_duplicate=False)
+    )
     saved = module.state_dict()
     found = hashlib.blake2b(digest_size=8)
     for name, tensor in sorted(tensors.items()):
@@ -110,15 +121,22 @@ VOLATILE = ("name_or_path", "transformers_version", "torch_dtype", "dtype")
 
 def _lasting(value):
     if isinstance(value, dict):
-        kept = {str(k): v for k, v in value.items() if v is not None and not str(k).startswith("_") and k not in VOLATILE}
+        kept = {
+            str(k): v
+            for k, v in value.items()
+            if v is not None and not str(k).startswith("_") and k not in VOLATILE
+        }
         return {name: _lasting(v) for name, v in kept.items()}
     return [_lasting(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def tokenizer_digest(tokenizer):
     """Of a tokenizer's words, merges, normalisation and special tokens; not of how it was last asked to pad or cut."""
-    told = {"special": [str(t) for t in tokenizer.all_special_tokens], "length": tokenizer.model_max_length,
-            "padding": tokenizer.padding_side}
+    told = {
+        "special": [str(t) for t in tokenizer.all_special_tokens],
+        "length": tokenizer.model_max_length,
+        "padding": tokenizer.padding_side,
+    }
     if backend := getattr(tokenizer, "backend_tokenizer", None):
         rules = json.loads(backend.to_str())
         told["rules"] = {name: part for name, part in rules.items() if name not in ("padding", "truncation")}

@@ -3,44 +3,25 @@
 A model is named by a folder (relative to the checkout), a hub id, or "robustbench:DATASET/THREAT/NAME". Files are checked in files.py
 before anything here opens them.
 """
+
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import os
 import shutil
-import sys
-from fnmatch import fnmatch
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 from torch import nn
 
-from .defense import LGAP, METHOD, LatentPurifier
-from .evaluate import Evaluation, described, purified_pixels, purify_rows
-from .files import (
-    CheckpointError,
-    ask,
-    check,
-    downloads,
-    locate,
-    locked,
-    offline,
-    one_writer,
-    part_of,
-    reason,
-    record,
-    sha256,
-    snapshot,
-    verify,
-    write_checksums,
-    write_whole,
-)
-from .identity import config_digest, digest, identity, named, state_digest, tokenizer_digest
-from .profiles import REVISIONS, ROOT, Profile, get_profile
-from .rows import difference
+from .defense import LGAP, LatentPurifier
+from .files import CheckpointError, downloads, locate, part_of, sha256, verify, write_checksums
+from .hub import record, snapshot
+from .identity import config_digest, digest, named, tokenizer_digest
+from .profiles import REVISIONS, Profile, get_profile
+from .zoo import _load_robustbench, _robustbench_entry, _robustbench_network, _tensors, import_robustbench
 
 
 def device_of(device=None, dtype="float32"):
@@ -54,25 +35,31 @@ def device_of(device=None, dtype="float32"):
     try:
         found = torch.device(name)
     except RuntimeError:
-        raise ValueError(f"device {name!r}: no such kind; expected cpu, cuda, cuda:0 or another that torch has "
-                         "(see LGAP_DEVICE)") from None
+        raise ValueError(
+            f"device {name!r}: no such kind; expected cpu, cuda, cuda:0 or another that torch has "
+            "(see LGAP_DEVICE)"
+        ) from None
     try:
         kind = torch.get_device_module(found.type)
-    except RuntimeError:                        # "meta" and the like, which compute nothing
+    except RuntimeError:  # "meta" and the like, which compute nothing
         kind = None
     if kind is None or not kind.is_available():
         what = "GPU" if found.type == "cuda" else f"{found.type} device"
         raise ValueError(f"device {name!r}: torch finds no {what} here; unset LGAP_DEVICE, or set it to cpu")
     if (found.index or 0) >= kind.device_count():
-        raise ValueError(f"device {name!r}: torch finds {kind.device_count()} of this kind here, counted from 0 "
-                         "(see LGAP_DEVICE)")
+        raise ValueError(
+            f"device {name!r}: torch finds {kind.device_count()} of this kind here, counted from 0 "
+            "(see LGAP_DEVICE)"
+        )
     if dtype != "float32":
         try:
             one = torch.ones(1, 1, 1, 1, device=found, dtype=getattr(torch, dtype))
             torch.nn.functional.conv2d(one, one)
         except (NotImplementedError, RuntimeError, TypeError) as error:
-            raise ValueError(f"device {name!r}: it does not compute in {dtype} ({str(error).splitlines()[0][:100]}); "
-                             "set dtype=float32, or another device") from None
+            raise ValueError(
+                f"device {name!r}: it does not compute in {dtype} ({str(error).splitlines()[0][:100]}); "
+                "set dtype=float32, or another device"
+            ) from None
     return found
 
 
@@ -96,9 +83,11 @@ def _loading(what, name):
         raise
     except Exception as error:
         again = f"; {read.again}" * bool(read.again)
-        if "remote_code" in str(error):         # the library's own words advise to let it run
-            raise CheckpointError(f"cannot load the {what} from {name!r}: its configuration asks for code of its own "
-                                  f"(auto_map), which is never run here{again}") from None
+        if "remote_code" in str(error):  # the library's own words advise to let it run
+            raise CheckpointError(
+                f"cannot load the {what} from {name!r}: its configuration asks for code of its own "
+                f"(auto_map), which is never run here{again}"
+            ) from None
         said = " ".join(str(error).split())[:300]
         said = f"{type(error).__name__}: {said}"
         raise CheckpointError(f"cannot load the {what} from {name!r}: {said}{again}") from error
@@ -106,30 +95,30 @@ def _loading(what, name):
         record(source, digests)
 
 
-def _tensors(file, again):
-    """What a pickle of tensors holds; one that holds anything else is refused, as opening it could run code."""
-    try:
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except Exception:           # torch's own words advise to switch the protection off
-        raise CheckpointError(f"{file} is refused: it is damaged, or holds more than tensors, which could run code "
-                              f"as it is opened; {again}") from None
-
-
 def _whole(loaded):
     """The model of `from_pretrained(..., output_loading_info=True)`: a weight that the file lacks would stay random."""
     model, info = loaded
-    keys = {kind: sorted(map(str, info.get(f"{kind}_keys", ()))) for kind in ("missing", "mismatched", "unexpected")}
-    keys["unexpected"] = [k for k in keys["unexpected"] if not k.endswith("position_ids")]   # a buffer that older versions saved
+    keys = {
+        kind: sorted(map(str, info.get(f"{kind}_keys", ())))
+        for kind in ("missing", "mismatched", "unexpected")
+    }
+    keys["unexpected"] = [
+        k for k in keys["unexpected"] if not k.endswith("position_ids")
+    ]  # a buffer that older versions saved
     if wrong := [f"{len(found)} {kind}, e.g. {found[0]}" for kind, found in keys.items() if found]:
-        raise ValueError(f"the weights are not those of a {type(model).__name__} with this configuration: {'; '.join(wrong)}")
+        raise ValueError(
+            f"the weights are not those of a {type(model).__name__} with this configuration: {'; '.join(wrong)}"
+        )
     return model
 
 
 def _with_words(tokenizer):
     """The tokenizer. Without its files transformers makes one that knows only its special tokens: every caption would be the same."""
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
-        raise ValueError(f"its {type(tokenizer).__name__} knows no word: tokenizer.json (or vocab.json and merges.txt) is missing; "
-                         "copy the folder again")
+        raise ValueError(
+            f"its {type(tokenizer).__name__} knows no word: tokenizer.json (or vocab.json and merges.txt) is missing; "
+            "copy the folder again"
+        )
     return tokenizer
 
 
@@ -141,13 +130,16 @@ def _folder(name, revision, patterns, read):
         return folder
     revision = revision or REVISIONS.get(name)
     if revision is None:
-        raise CheckpointError(f"{name!r} is a hub id without a revision; give its 40-digit commit, or a local folder")
+        raise CheckpointError(
+            f"{name!r} is a hub id without a revision; give its 40-digit commit, or a local folder"
+        )
     folder, read.digests[f"{name}@{revision}"] = snapshot(name, revision, patterns)
     read.again = f"delete {folder.parents[1]}, and it is fetched again"
     return folder
 
 
 # ---------------------------------------------------------------- captioner
+
 
 class Captioner(nn.Module):
     """BLIP as a callable: x [n, 3, h, w] in [0, 1] -> n strings, the prompt stripped (paper section 3.1)."""
@@ -160,22 +152,35 @@ class Captioner(nn.Module):
     def settings(self):
         """What defines the captions, by name; network, processor and tokenizer by digests of their configurations."""
         configs = (self.model.config, self.model.generation_config, self.processor.image_processor)
-        return {"name": "BLIP", "prompt": self.prompt, **self.search,
-                "network and processor": digest([[type(self.model).__name__], *map(config_digest, configs)]),
-                "tokenizer": tokenizer_digest(self.processor.tokenizer)}
+        return {
+            "name": "BLIP",
+            "prompt": self.prompt,
+            **self.search,
+            "network and processor": digest([[type(self.model).__name__], *map(config_digest, configs)]),
+            "tokenizer": tokenizer_digest(self.processor.tokenizer),
+        }
 
     def pixel_values(self, x):
         """The processor's resize and normalisation; images are in [0, 1] already, so it must not divide by 255 again."""
         processor, first = self.processor.image_processor, next(self.model.parameters())
-        pixels = processor(images=list(x.float()), do_rescale=False, do_normalize=False, return_tensors="pt")["pixel_values"]
-        mean, std = (torch.tensor(v, device=pixels.device).view(1, 3, 1, 1) for v in (processor.image_mean, processor.image_std))
-        return ((pixels.clamp(0, 1) - mean) / std).to(first.device, first.dtype)    # bicubic overshoots; 8-bit images cannot
+        pixels = processor(images=list(x.float()), do_rescale=False, do_normalize=False, return_tensors="pt")[
+            "pixel_values"
+        ]
+        mean, std = (
+            torch.tensor(v, device=pixels.device).view(1, 3, 1, 1)
+            for v in (processor.image_mean, processor.image_std)
+        )
+        return ((pixels.clamp(0, 1) - mean) / std).to(
+            first.device, first.dtype
+        )  # bicubic overshoots; 8-bit images cannot
 
     @torch.no_grad()
     def forward(self, x):
         pixels = self.pixel_values(x)
         words = self.processor.tokenizer([self.prompt] * len(x), return_tensors="pt").to(pixels.device)
-        ids = self.model.generate(pixel_values=pixels, input_ids=words.input_ids, attention_mask=words.attention_mask, **self.search)
+        ids = self.model.generate(
+            pixel_values=pixels, input_ids=words.input_ids, attention_mask=words.attention_mask, **self.search
+        )
         captions = self.processor.tokenizer.batch_decode(ids, skip_special_tokens=True)
         start = " ".join(self.prompt.lower().split())
         return [c.strip().removeprefix(start).strip() for c in (" ".join(c.split()) for c in captions)]
@@ -187,13 +192,17 @@ CAPTIONER_FILES = ["*.json", "*.txt", "config.json", "model.safetensors"]
 def load_captioner(name, revision=None, *, device=None, dtype="float32", **search):
     """BLIP from a folder or the hub; `search` as `Captioner`. Raises CheckpointError."""
     from transformers import BlipForConditionalGeneration, BlipProcessor
+
     device = device_of(device, dtype)
     with _loading("captioner", name) as read:
         folder = _folder(name, revision, CAPTIONER_FILES, read)
         if (pickle := folder / "pytorch_model.bin").is_file() and not (folder / "model.safetensors").exists():
             folder = _converted(pickle, read.again)
-        model = _whole(BlipForConditionalGeneration.from_pretrained(
-            folder, dtype=getattr(torch, dtype), use_safetensors=True, **INFORMED, **LOCAL))
+        model = _whole(
+            BlipForConditionalGeneration.from_pretrained(
+                folder, dtype=getattr(torch, dtype), use_safetensors=True, **INFORMED, **LOCAL
+            )
+        )
         processor = BlipProcessor.from_pretrained(folder, **LOCAL)
         _with_words(processor.tokenizer)
     return Captioner(model, processor, **search).to(device)
@@ -202,11 +211,15 @@ def load_captioner(name, revision=None, *, device=None, dtype="float32", **searc
 def _converted(pickle, again):
     """A folder like that of BLIP's `pickle`, its weights as safetensors: made once, and named by the pickle's digest."""
     from transformers import BlipConfig, BlipForConditionalGeneration
+
     folder = downloads() / "converted" / sha256(pickle)[:16]
     if not folder.is_dir():
         config, weights = BlipConfig.from_pretrained(pickle.parent, **LOCAL), _tensors(pickle, again)
-        model = _whole(BlipForConditionalGeneration.from_pretrained(
-            None, config=config, state_dict=weights, **INFORMED, **LOCAL))
+        model = _whole(
+            BlipForConditionalGeneration.from_pretrained(
+                None, config=config, state_dict=weights, **INFORMED, **LOCAL
+            )
+        )
         part = part_of(folder)
         try:
             model.save_pretrained(part)
@@ -216,7 +229,7 @@ def _converted(pickle, again):
             write_checksums(part)
             os.replace(part, folder)
         except OSError:
-            if not folder.is_dir():             # else another process has made it in the meantime
+            if not folder.is_dir():  # else another process has made it in the meantime
                 raise
         finally:
             shutil.rmtree(part, ignore_errors=True)
@@ -226,27 +239,45 @@ def _converted(pickle, again):
 
 # ---------------------------------------------------------------- diffusion
 
+
 def ddim(config):
     """The DDIM scheduler of CompVis's img2img, with the noise schedule of `config`; SD ships a PNDM configuration."""
     from diffusers import DDIMScheduler
-    return DDIMScheduler.from_config(config, clip_sample=False, set_alpha_to_one=False, steps_offset=1,
-                                     timestep_spacing="leading", thresholding=False)
+
+    return DDIMScheduler.from_config(
+        config,
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        timestep_spacing="leading",
+        thresholding=False,
+    )
 
 
-DIFFUSION_PARTS = {"vae": "diffusion_pytorch_model", "unet": "diffusion_pytorch_model", "text_encoder": "model"}
+DIFFUSION_PARTS = {
+    "vae": "diffusion_pytorch_model",
+    "unet": "diffusion_pytorch_model",
+    "text_encoder": "model",
+}
 
 
 def diffusion_files(variant=""):
     """The files of a diffusion model that are read, as patterns; variant: "fp16" for weights that are stored in half precision."""
     ending = f".{variant}.safetensors" if variant else ".safetensors"
-    return ["tokenizer/*", "scheduler/*", "scheduler/scheduler_config.json", *(f"{part}/config.json" for part in DIFFUSION_PARTS),
-            *(f"{part}/{stem}{ending}" for part, stem in DIFFUSION_PARTS.items())]
+    return [
+        "tokenizer/*",
+        "scheduler/*",
+        "scheduler/scheduler_config.json",
+        *(f"{part}/config.json" for part in DIFFUSION_PARTS),
+        *(f"{part}/{stem}{ending}" for part, stem in DIFFUSION_PARTS.items()),
+    ]
 
 
 def load_diffusion(name, revision=None, *, device=None, dtype="float32", variant="", **settings):
     """A latent diffusion model in diffusers' layout, as a `LatentPurifier` with `settings`. Raises CheckpointError."""
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTokenizer
+
     device = device_of(device, dtype)
     with _loading("diffusion model", name) as read:
         folder = _folder(name, revision, diffusion_files(variant), read)
@@ -254,51 +285,15 @@ def load_diffusion(name, revision=None, *, device=None, dtype="float32", variant
         plain = {"torch_dtype": getattr(torch, dtype), "low_cpu_mem_usage": False, "local_files_only": True}
         vae = _whole(AutoencoderKL.from_pretrained(folder, subfolder="vae", **plain, **weights))
         unet = _whole(UNet2DConditionModel.from_pretrained(folder, subfolder="unet", **plain, **weights))
-        text_encoder = _whole(CLIPTextModel.from_pretrained(
-            folder, subfolder="text_encoder", dtype=getattr(torch, dtype), **weights, **LOCAL))
+        text_encoder = _whole(
+            CLIPTextModel.from_pretrained(
+                folder, subfolder="text_encoder", dtype=getattr(torch, dtype), **weights, **LOCAL
+            )
+        )
         tokenizer = _with_words(CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer", **LOCAL))
         scheduler = ddim(DDIMScheduler.load_config(folder, subfolder="scheduler", local_files_only=True))
     purifier = LatentPurifier(vae, unet, text_encoder, tokenizer, scheduler, **settings)
     return purifier.to(device, memory_format=torch.channels_last)
-
-
-# ---------------------------------------------------------------- classifier
-
-def import_robustbench():
-    """(robustbench, its WideResNet). robustbench 1.1.1 imports `autoattack` but depends on `pyautoattack`, the same code under its
-    new name and with other arguments: after this, `robustbench.benchmark` works with it."""
-    import warnings
-
-    import pyautoattack
-    import pyautoattack.state
-    sys.modules.setdefault("autoattack", pyautoattack)
-    sys.modules.setdefault("autoattack.state", pyautoattack.state)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")                # pkg_resources and timm announce their own deprecations
-        import robustbench.eval
-        import robustbench.utils
-        from robustbench.model_zoo.architectures.wide_resnet import WideResNet
-    if getattr(robustbench.eval, "AutoAttack", None) is pyautoattack.AutoAttack:       # an installed torchattacks leaves none
-        robustbench.eval.AutoAttack = _benchmarks_autoattack(pyautoattack.AutoAttack)
-    return robustbench, WideResNet
-
-
-def _benchmarks_autoattack(base):
-    """AutoAttack with the arguments that `robustbench.benchmark` hands over; a `log_path` is refused, as no log is written."""
-    class AutoAttack(base):
-        def __init__(self, model, *, log_path=None, **settings):
-            if log_path is not None:
-                raise ValueError(f"log_path={str(log_path)!r}: pyautoattack writes no log file; its logger is logging's 'auto-attack'")
-            super().__init__(model, **settings)
-
-        def run_standard_evaluation(self, x, y, *, bs=250, **settings):
-            return super().run_standard_evaluation(x, y, batch_size=bs, **settings)[0]
-    return AutoAttack
-
-
-def new_wide_resnet(depth, widen_factor, num_classes):
-    """RobustBench's WideResNet with random weights; it takes images in [0, 1] as they are."""
-    return import_robustbench()[1](depth=depth, widen_factor=widen_factor, num_classes=num_classes)
 
 
 class Normalized(nn.Module):
@@ -325,13 +320,16 @@ def new_classifier(architecture="WideResNet", mean=None, std=None, **sizes):
     elif architecture == "WideResNet":
         net = import_robustbench()[1](**sizes)
     else:
-        raise ValueError(f"no architecture {architecture!r}; expected 'WideResNet' or 'robustbench:DATASET/THREAT/NAME'")
+        raise ValueError(
+            f"no architecture {architecture!r}; expected 'WideResNet' or 'robustbench:DATASET/THREAT/NAME'"
+        )
     return net if mean is None else Normalized(net, mean, std)
 
 
 def save_classifier(net, folder, **config):
     """`model.safetensors`, and `config.json` with what `new_classifier` takes."""
     from safetensors.torch import save_file
+
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_file({k: v.contiguous() for k, v in net.state_dict().items()}, folder / "model.safetensors")
@@ -345,6 +343,7 @@ def load_classifier(name, *, device=None):
             net, config = _load_robustbench(*_robustbench_entry(name), read), {"architecture": name}
         else:
             from safetensors.torch import load_file
+
             folder = locate(name)
             if folder is None:
                 raise CheckpointError(f"{name!r}: no such folder, and no robustbench:DATASET/THREAT/NAME")
@@ -359,258 +358,18 @@ def load_classifier(name, *, device=None):
 
 def save_classifier_like(net, name, folder):
     """Save a fine-tuned `net` to `folder`, with checksums, as the classifier `name` that it started from."""
-    config = {"architecture": name} if name.startswith("robustbench:") else json.loads((locate(name) / "config.json").read_text())
+    config = (
+        {"architecture": name}
+        if name.startswith("robustbench:")
+        else json.loads((locate(name) / "config.json").read_text())
+    )
     save_classifier(net, folder, **config)
     write_checksums(folder)
 
 
-# ---------------------------------------------------------------- RobustBench's classifiers
-
-def _zoo():
-    """{dataset: {threat model: {name: entry}}}, by their plain names."""
-    zoo = import_robustbench()[0].model_zoo.model_dicts
-    return {d.value: {t.value: entries for t, entries in threats.items()} for d, threats in zoo.items()}
-
-
-def _robustbench_entry(name):
-    """("cifar10", "Linf", "Standard") of "robustbench:cifar10/Linf/Standard"; raises ValueError, with the choices, for an unknown one."""
-    dataset, threat, model = (name.removeprefix("robustbench:").split("/") + ["", ""])[:3]
-    models = _zoo().get(dataset, {}).get(threat, {})
-    if model not in models:
-        raise ValueError(f"RobustBench has no {model!r} for {dataset!r} and {threat!r}; choose from {sorted(models) or sorted(_zoo())}")
-    return dataset, threat, model
-
-
-def _robustbench_network(dataset, threat, model):
-    """The network of an entry, with random weights."""
-    if (dataset, model) == ("imagenet", "Standard_R50"):    # RobustBench's own would fetch torchvision's weights as it is built;
-        model = "Salman2020Do_R50"                          # this is the same network, normalisation included
-    return _zoo()[dataset][threat][model]["model"]()
-
-
-def robustbench_file(dataset, threat, model):
-    """Where the weights of an entry lie: in RobustBench's own layout, but for torchvision's ResNet-50, which has torch's cache."""
-    if (dataset, model) == ("imagenet", "Standard_R50"):
-        return Path(torch.hub.get_dir()) / "checkpoints" / "resnet50-0676ba61.pth"
-    return downloads() / "robustbench" / dataset / threat / f"{model}.pt"
-
-
-def _load_robustbench(dataset, threat, model, read):
-    """As robustbench.utils.load_model, but the file is checked before torch opens it, and opened with weights_only."""
-    file, source = robustbench_file(dataset, threat, model), f"{dataset}/{threat}/{model}.pt"
-    page = robustbench_page(dataset, threat, model)
-    by_hand = f"put it there by hand ({page})"
-    kept = file.is_file() or offline()
-    with contextlib.nullcontext(file) if kept else _fetched(file, page) as found:
-        again = f"fetch it again, or {by_hand}" if kept else f"try again, or {by_hand}, as {file}"
-        read.digests["robustbench"] = {source: check(found, "robustbench", source, again, kept=kept)}
-        read.again = f"delete {file}, then {again}" if kept else again
-        saved = _tensors(found, read.again)
-        net = _robustbench_network(dataset, threat, model)
-        inner = net.model if dataset == "imagenet" and hasattr(net, "normalize") else net
-        _take(inner, saved["state_dict"] if "state_dict" in saved else saved)
-    return net
-
-
-def _take(net, weights):
-    """Load weights saved under DataParallel, or beside a normalisation, which is the network's own here; all must fit."""
-    weights = {k.removeprefix("module.").removeprefix("model."): v for k, v in dict(weights).items()}
-    ours = set(net.state_dict())
-    foreign = {k for k in weights if k not in ours and k.split(".")[0] in ("normalize", "mu", "sigma", "normalizer")}
-    net.load_state_dict({k: v for k, v in weights.items() if k not in foreign})
-
-
-def robustbench_page(dataset, threat, model):
-    """The page that a browser gets the file of an entry from."""
-    if (dataset, model) == ("imagenet", "Standard_R50"):
-        return "https://download.pytorch.org/models/resnet50-0676ba61.pth"
-    return f"https://drive.google.com/uc?id={_zoo()[dataset][threat][model]['gdrive_id']}"
-
-
-@contextlib.contextmanager
-def _fetched(file, page):
-    """`file` from a page, in a folder of its own: it takes its place only if all that is done with it goes well."""
-    import gdown
-    part = part_of(file)
-    try:
-        try:
-            part.mkdir(parents=True)
-            ask(page)
-            gdown.download(url=page, output=str(part / file.name), quiet=False)
-        except Exception as error:              # of the system, the hub's client, gdown and requests
-            cause, remedy = reason(error)
-            raise CheckpointError(f"{file.name} could not be fetched from {page}: {cause}; {remedy}, or get it with a "
-                                  f"browser and put it at {file}") from None
-        yield part / file.name
-        os.replace(part / file.name, file)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-
-
-# ---------------------------------------------------------------- the whole defence
-
-def digests(name, revision=None, patterns=("*",)):
-    """{file: sha256} of those files of a model that fit `patterns`, as far as they are known without opening it."""
-    if name.startswith("robustbench:"):
-        file = f"{name.removeprefix('robustbench:')}.pt"
-        return {file: locked("robustbench").get(file, {}).get("sha256")}
-    folder = locate(name)
-    if folder is None:
-        source = f"{name}@{revision or REVISIONS.get(name)}"
-        read = {file: known["sha256"] for file, known in locked(source).items() if any(fnmatch(file, p) for p in (*patterns, "*.bin"))}
-        return {"from": source} | read
-    weights = sorted([*folder.rglob("*.safetensors"), *folder.rglob("*.bin")])
-    return verify(folder) or {file.relative_to(folder).as_posix(): sha256(file) for file in weights}
-
-
-def weights(profile):
-    """{model: `digests` of its files} of the profile's captioner, diffusion model and classifier."""
-    return {name: digests(name, revision, patterns) for name, revision, patterns in (
-        (profile.captioner, profile.captioner_revision, CAPTIONER_FILES),
-        (profile.diffusion, profile.diffusion_revision, diffusion_files(profile.variant)), (profile.classifier, None, ("*",)))}
-
-
-def configuration(profile):
-    """What rows depend on beside the defence, the attack and the images, which tell what they are themselves."""
-    return {"dataset": profile.dataset}
-
-
-def evaluation(profile, folder, defenses, images):
-    """An `evaluate.Evaluation` of {name: LGAP} on `images` with the profile's sizes, its rows below outputs/PROFILE/rows."""
-    return Evaluation(defenses, images, profile.outputs / "rows" / folder, config=configuration(profile),
-                      n_draws=profile.n_draws, seed=profile.seed, batch_size=profile.batch_size)
-
-
-def rivals(profile, defense, images, attack, folder):
-    """[(method, rows)] of the profile's robust classifiers that stand without purification, under one attack.
-
-    One that was made for another crop than the defence's classifier sees the same images in its own.
-    """
-    from .baselines import instead, nothing
-    from .data import load_images
-    out = []
-    n = min(len(images), profile.n_rivals)
-    for method, name, crop in profile.rivals:
-        seen = load_images(profile.dataset, "test", n, crop=crop) if crop else images[:n]
-        rival = instead(load_defense(profile, classifier=name, captioner=defense.captioner, purifier=defense.purifier), nothing())
-        rival.input_size = crop or rival.input_size
-        out.append((method, evaluation(profile, f"{folder}_{method.split()[0]}", {method: rival}, seen).run(attack)))
-    return out
-
-
-def purified(profile, defense, images, name, x=None, **extra):
-    """Rows of purified images (see evaluate.purify_rows), computed once and kept in outputs/PROFILE/rows/`name`.
-
-    x: what to purify in place of the images; `attack=attack.settings()` must then say how it was made.
-    """
-    return purify_rows(defense, images, profile.outputs / "rows" / name, x=x, seed=profile.seed, batch_size=profile.batch_size,
-                       config=configuration(profile) | {"images": name, **extra}, title=name)
-
-
-def finetune(profile, defense):
-    """Fine-tune the defence's classifier in place on purified training images (paper section 4.1) and save it to profile.finetuned.
-
-    Returns (its learning curve as a list of rows, rows of the purified training images). Each stage goes on where it was. The
-    classifier may start from other weights than the profile's, but must have its architecture, or it could not be loaded again:
-    raises ValueError for another.
-    """
-    folder = profile.outputs / "rows" / f"03_finetune_{profile.dataset}"
-    with one_writer(folder, wait=True):
-        return _finetune(profile, defense, folder)
-
-
-def _finetune(profile, defense, folder):
-    from . import train
-    from .data import load_images
-    _check_architecture(profile, defense.classifier)
-    record, began_as = profile.finetuned / "finetuning.json", state_digest(defense.classifier)
-    tuning = load_images(profile.dataset, "train", profile.n_finetune)
-    validation = load_images(profile.dataset, "validation", min(profile.n_validation, profile.n_finetune))
-    rows = purified(profile, defense, tuning, f"03_train_{profile.dataset}")
-    held_out = purified(profile, defense, validation, f"03_validation_{profile.dataset}")
-    pixels, pixels_held_out = (purified_pixels(r, tuning.pixels.shape[1:]) for r in (rows, held_out))
-    curve = train.finetune(defense.classifier, pixels, tuning.labels, folder,
-                           epochs=profile.finetune_epochs, lr=profile.finetune_lr, batch_size=profile.finetune_batch,
-                           schedule=profile.finetune_schedule, augment=profile.finetune_augment,
-                           x_val=pixels_held_out, y_val=validation.labels, seed=profile.seed)
-    record.unlink(missing_ok=True)
-    save_classifier_like(defense.classifier, profile.classifier, profile.finetuned)
-    told = json.dumps(_finetuning(profile, defense, began_as), indent=1, sort_keys=True)
-    write_whole(record, told.encode())                              # last: all is there
-    return curve, rows
-
-
-def _check_architecture(profile, classifier):
-    """Refuse a classifier that `save_classifier_like` would save as one that it is not."""
-    expected = load_classifier(profile.classifier, device="cpu")
-    if type(classifier) is not type(expected) or _shape_of(classifier) != _shape_of(expected):
-        raise ValueError(f"classifier: this {type(classifier).__name__} has not the architecture of {profile.classifier!r}, as which it "
-                         "would be saved; fine-tune it with train.finetune and keep its weights yourself, or save it with "
-                         "models.save_classifier and name that folder as the profile's classifier")
-
-
-def _shape_of(net):
-    """The shapes of what is saved of a network, and the values of the buffers that are not, which its configuration gives."""
-    saved = net.state_dict()
-    fixed = {name: value.tolist() for name, value in net.named_buffers() if name not in saved}
-    return {name: list(value.shape) for name, value in saved.items()}, fixed
-
-
-def _finetuning(profile, defense, began_as):
-    """What a fine-tuned classifier depends on. began_as: `state_digest` of the classifier that it was made from."""
-    how = {name: value for name, value in dataclasses.asdict(profile).items() if "finetune" in name}
-    parts = {part: identity(getattr(defense, part)) for part in ("captioner", "purifier")}
-    return json.loads(json.dumps(how | parts | {"began as": began_as, "dataset": profile.dataset, "method": METHOD}))
-
-
-def load_finetuned(profile):
-    """The defence of a profile with the classifier that `finetune` left; refused if that was done with other settings, or from
-    another classifier than the profile's.
-
-    Raises CheckpointError where there is none, ValueError with the difference.
-    """
-    record = profile.finetuned / "finetuning.json"
-    if not record.is_file():
-        raise CheckpointError(f"{profile.finetuned}: no classifier was fine-tuned for this profile yet; run notebook 03 first")
-    defense = load_defense(profile, classifier=profile.finetuned)
-    began_as = state_digest(load_classifier(profile.classifier, device="cpu"))
-    if changed := difference(json.loads(record.read_text()), _finetuning(profile, defense, began_as)):
-        raise ValueError(f"{profile.finetuned} was fine-tuned with other settings ({'; '.join(changed)}); "
-                         "run notebook 03 with these into another LGAP_OUTPUTS, or set them back")
-    return defense
-
-
-def finetuned(profile):
-    """`load_finetuned`, after `finetune` where nothing was fine-tuned for this profile yet. What is there is not done again."""
-    with one_writer(profile.outputs / "rows" / f"03_finetune_{profile.dataset}", wait=True):
-        if not (profile.finetuned / "finetuning.json").is_file():
-            finetune(profile, load_defense(profile))
-        return load_finetuned(profile)
-
-
-def provenance(profile, defense, images):
-    """Where numbers come from: configuration, images, versions, device and commit, as plain data for results.json."""
-    import importlib.metadata
-    import platform
-    import subprocess
-    def version(name):
-        try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            return None
-    ask = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
-    git = subprocess.run(ask, capture_output=True, text=True, check=False) if shutil.which("git") else None
-    device = next((p.device for p in defense.parameters()), torch.device("cpu"))
-    what = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
-    return {"profile": profile.name, "settings": dataclasses.asdict(profile), "weights": weights(profile),
-            "defence": described(defense), "method": METHOD, "images": images.source,
-            "versions": {name: version(name) for name in ("torch", "diffusers", "transformers", "robustbench", "pyautoattack", "scipy")},
-            "python": platform.python_version(), "device": what,
-            "tf32": torch.backends.cudnn.allow_tf32 and device.type == "cuda",
-            "commit": git.stdout.strip() if git and git.returncode == 0 else None}
-
-
-def load_defense(profile="toy", *, classifier=None, captioner=None, purifier=None, device=None, input_size=None):
+def load_defense(
+    profile="toy", *, classifier=None, captioner=None, purifier=None, device=None, input_size=None
+):
     """The defence of a profile (a name or a `Profile`), in evaluation mode.
 
     classifier: a folder in place of the profile's, e.g. the fine-tuned one, or any callable; captioner and purifier: any
@@ -618,15 +377,32 @@ def load_defense(profile="toy", *, classifier=None, captioner=None, purifier=Non
     the profile's data set, 32, or 224 for ImageNet. Raises CheckpointError, or ValueError for an unknown profile.
     """
     from .data import classes_of
+
     p = profile if isinstance(profile, Profile) else get_profile(profile)
     if p.needs_gpu and not (device or os.environ.get("LGAP_DEVICE") or torch.cuda.is_available()):
-        raise ValueError(f"profile {p.name!r} is made for a GPU and torch finds none here; set LGAP_DEVICE=cpu to go on without one")
+        raise ValueError(
+            f"profile {p.name!r} is made for a GPU and torch finds none here; set LGAP_DEVICE=cpu to go on without one"
+        )
     if captioner is None:
-        captioner = load_captioner(p.captioner, p.captioner_revision, device=device, dtype=p.dtype, prompt=p.prompt,
-                                   num_beams=p.num_beams, max_length=p.max_length, min_length=p.min_length)
+        captioner = load_captioner(
+            p.captioner,
+            p.captioner_revision,
+            device=device,
+            dtype=p.dtype,
+            prompt=p.prompt,
+            num_beams=p.num_beams,
+            max_length=p.max_length,
+            min_length=p.min_length,
+        )
     if purifier is None:
-        purifier = load_diffusion(p.diffusion, p.diffusion_revision, device=device, dtype=p.dtype, variant=p.variant,
-                                  **{name: getattr(p, name) for name in LatentPurifier.SETTINGS})
+        purifier = load_diffusion(
+            p.diffusion,
+            p.diffusion_revision,
+            device=device,
+            dtype=p.dtype,
+            variant=p.variant,
+            **{name: getattr(p, name) for name in LatentPurifier.SETTINGS},
+        )
     if classifier is None or isinstance(classifier, (str, Path)):
         classifier = load_classifier(str(classifier or p.classifier), device=device)
     if input_size is None:

@@ -4,17 +4,26 @@ One shape on a textured background, ten classes (the shape), and a true caption 
 size, colour, place, texture and background colour. Contrast is low and the noise is strong on purpose: an undefended
 network reads these scenes almost without error, and an L-inf attack of 8/255 turns almost all of them over.
 """
+
 from __future__ import annotations
 
 import numpy as np
 
 SIDE = 32
 CLASSES = ("circle", "square", "triangle", "star", "cross", "ring", "heart", "moon", "arrow", "diamond")
-COLOURS = {"red": (.80, .20, .20), "green": (.20, .65, .25), "blue": (.20, .30, .80), "yellow": (.85, .80, .20),
-           "purple": (.60, .25, .70), "orange": (.90, .55, .15), "white": (.90, .90, .90), "black": (.12, .12, .12)}
+COLOURS = {
+    "red": (0.80, 0.20, 0.20),
+    "green": (0.20, 0.65, 0.25),
+    "blue": (0.20, 0.30, 0.80),
+    "yellow": (0.85, 0.80, 0.20),
+    "purple": (0.60, 0.25, 0.70),
+    "orange": (0.90, 0.55, 0.15),
+    "white": (0.90, 0.90, 0.90),
+    "black": (0.12, 0.12, 0.12),
+}
 TEXTURES = ("plain", "striped", "dotted", "checkered")
 PLACES = tuple(f"{row} {column}".strip() for row in ("top", "", "bottom") for column in ("left", "", "right"))
-CONTRAST = (.5, .8)
+CONTRAST = (0.5, 0.8)
 SPLITS = {"train": 0, "validation": 1, "test": 2}
 
 
@@ -24,9 +33,9 @@ def _half_planes(u, v, n, inner, turn=-np.pi / 2):
     return np.min([inner - (u * np.cos(a) + v * np.sin(a)) for a in angles], axis=0)
 
 
-def _star(u, v, inner=.42):
+def _star(u, v, inner=0.42):
     """Five points of radius 1, valleys of radius `inner`: one edge line, mirrored and turned ten times."""
-    angle = (np.arctan2(u, -v) % (2 * np.pi / 5))
+    angle = np.arctan2(u, -v) % (2 * np.pi / 5)
     angle = np.minimum(angle, 2 * np.pi / 5 - angle)
     r = np.hypot(u, v)
     x, y = r * np.cos(angle), r * np.sin(angle)
@@ -35,17 +44,21 @@ def _star(u, v, inner=.42):
 
 
 SHAPES = {  # u to the right, v downwards, the unit disc around the shape; positive inside, about a distance
-    "circle": lambda u, v: .88 - np.hypot(u, v),
-    "square": lambda u, v: .76 - np.maximum(abs(u), abs(v)),
-    "triangle": lambda u, v: _half_planes(u, v - .12, 3, .52),
+    "circle": lambda u, v: 0.88 - np.hypot(u, v),
+    "square": lambda u, v: 0.76 - np.maximum(abs(u), abs(v)),
+    "triangle": lambda u, v: _half_planes(u, v - 0.12, 3, 0.52),
     "star": _star,
-    "cross": lambda u, v: np.maximum(np.minimum(.28 - abs(u), .95 - abs(v)), np.minimum(.28 - abs(v), .95 - abs(u))),
-    "ring": lambda u, v: .22 - abs(np.hypot(u, v) - .72),
-    "heart": lambda u, v: .5 * (1 - np.hypot(1.15 * u, -1.15 * v + .15 - .75 * np.sqrt(abs(u)))),
-    "moon": lambda u, v: np.minimum(.92 - np.hypot(u, v), np.hypot(u - .50, v) - .72),
-    "arrow": lambda u, v: np.maximum(np.minimum(.20 - abs(v), np.minimum(u + .95, .3 - u)),
-                                     .8 * np.minimum(u - .05, .62 - .75 * abs(v) - .68 * (u - .05))),
-    "diamond": lambda u, v: .62 * (1 - abs(u) / .55 - abs(v) / .98),
+    "cross": lambda u, v: np.maximum(
+        np.minimum(0.28 - abs(u), 0.95 - abs(v)), np.minimum(0.28 - abs(v), 0.95 - abs(u))
+    ),
+    "ring": lambda u, v: 0.22 - abs(np.hypot(u, v) - 0.72),
+    "heart": lambda u, v: 0.5 * (1 - np.hypot(1.15 * u, -1.15 * v + 0.15 - 0.75 * np.sqrt(abs(u)))),
+    "moon": lambda u, v: np.minimum(0.92 - np.hypot(u, v), np.hypot(u - 0.50, v) - 0.72),
+    "arrow": lambda u, v: np.maximum(
+        np.minimum(0.20 - abs(v), np.minimum(u + 0.95, 0.3 - u)),
+        0.8 * np.minimum(u - 0.05, 0.62 - 0.75 * abs(v) - 0.68 * (u - 0.05)),
+    ),
+    "diamond": lambda u, v: 0.62 * (1 - abs(u) / 0.55 - abs(v) / 0.98),
 }
 
 
@@ -58,34 +71,42 @@ def draw(split, index):
     label = int(rng.random() * len(CLASSES))
     colour = pick(list(COLOURS))
     ground = pick([c for c in COLOURS if c != colour])
-    texture, large = pick(TEXTURES), rng.random() < .5
+    texture, large = pick(TEXTURES), rng.random() < 0.5
     radius = between(11, 13.5) if large else between(7.5, 9.5)
     place = pick(PLACES)
-    free = SIDE / 2 - radius - .5
+    free = SIDE / 2 - radius - 0.5
     offset = {"left": -1, "top": -1, "right": 1, "bottom": 1}
-    cx = SIDE / 2 + free * (sum(offset[w] for w in place.split() if w in ("left", "right")) * .8 + between(-.2, .2))
-    cy = SIDE / 2 + free * (sum(offset[w] for w in place.split() if w in ("top", "bottom")) * .8 + between(-.2, .2))
+    cx = SIDE / 2 + free * (
+        sum(offset[w] for w in place.split() if w in ("left", "right")) * 0.8 + between(-0.2, 0.2)
+    )
+    cy = SIDE / 2 + free * (
+        sum(offset[w] for w in place.split() if w in ("top", "bottom")) * 0.8 + between(-0.2, 0.2)
+    )
 
-    y, x = np.mgrid[:SIDE, :SIDE] + .5
-    turn = between(-.25, .25)
+    y, x = np.mgrid[:SIDE, :SIDE] + 0.5
+    turn = between(-0.25, 0.25)
     u, v = (x - cx) / radius, (y - cy) / radius
     u, v = np.cos(turn) * u + np.sin(turn) * v, np.cos(turn) * v - np.sin(turn) * u
-    inside = np.clip(.5 + SHAPES[CLASSES[label]](u, v) * radius, 0, 1)[..., None]
+    inside = np.clip(0.5 + SHAPES[CLASSES[label]](u, v) * radius, 0, 1)[..., None]
 
     period, slant, shift = between(5, 8), between(0, np.pi), between(0, 8)
     a = x * np.cos(slant) + y * np.sin(slant) + shift
     b = y * np.cos(slant) - x * np.sin(slant) + shift
-    wave = {"plain": np.zeros_like(a), "striped": np.sign(np.sin(2 * np.pi * a / period)),
-            "dotted": 2. * (np.hypot(a % period - period / 2, b % period - period / 2) < .3 * period) - 1,
-            "checkered": np.sign(np.sin(2 * np.pi * a / (1.5 * period)) * np.sin(2 * np.pi * b / (1.5 * period)))}[texture]
+    wave = {
+        "plain": np.zeros_like(a),
+        "striped": np.sign(np.sin(2 * np.pi * a / period)),
+        "dotted": 2.0 * (np.hypot(a % period - period / 2, b % period - period / 2) < 0.3 * period) - 1,
+        "checkered": np.sign(np.sin(2 * np.pi * a / (1.5 * period)) * np.sin(2 * np.pi * b / (1.5 * period))),
+    }[texture]
 
-    jitter = lambda c: np.clip(np.array(COLOURS[c]) + .08 * (rng.random(3) - .5), 0, 1)
+    jitter = lambda c: np.clip(np.array(COLOURS[c]) + 0.08 * (rng.random(3) - 0.5), 0, 1)
     fill, back = jitter(colour), jitter(ground)
-    back = back + between(.05, .09) * wave[..., None]
-    contrast = between(*CONTRAST)                       # the shape is a veil over the background, not a sticker
+    back = back + between(0.05, 0.09) * wave[..., None]
+    contrast = between(*CONTRAST)  # the shape is a veil over the background, not a sticker
     image = back + inside * contrast * (fill - back)
-    image = image + between(.01, .04) * rng.standard_normal((SIDE, SIDE, 3))
+    image = image + between(0.01, 0.04) * rng.standard_normal((SIDE, SIDE, 3))
     where = f"at the {place}" if place else "in the middle"
-    caption = f"a {'large' if large else 'small'} {colour} {CLASSES[label]} {where} of a {texture} {ground} picture"
-    return (255 * np.clip(image, 0, 1) + .5).astype(np.uint8), label, caption
-
+    caption = (
+        f"a {'large' if large else 'small'} {colour} {CLASSES[label]} {where} of a {texture} {ground} picture"
+    )
+    return (255 * np.clip(image, 0, 1) + 0.5).astype(np.uint8), label, caption

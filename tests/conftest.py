@@ -1,4 +1,5 @@
 """One small defence with random weights, made, saved and loaded as the bundled ones are. No test needs a network or a GPU."""
+
 import atexit
 import copy
 import importlib.util
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-os.environ["HF_HUB_OFFLINE"] = "1"      # read once, when huggingface_hub is imported
+os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when huggingface_hub is imported
 os.environ["TQDM_DISABLE"] = "1"
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -37,9 +38,12 @@ def quick(monkeypatch):
     """AutoAttack's numbers made small; FAB, nine tenths of its time, is left out and takes no part in any flag."""
     from pyautoattack.fab_base import FABAttack
 
-    from lgap_utils import attacks
+    from lgap_utils import autoattack
+
     monkeypatch.setattr(FABAttack, "perturb", lambda self, x, y: x.clone())
-    monkeypatch.setattr(attacks.autoattack, "__kwdefaults__", attacks.autoattack.__kwdefaults__ | {"n_queries": 10})
+    monkeypatch.setattr(
+        autoattack.autoattack, "__kwdefaults__", autoattack.autoattack.__kwdefaults__ | {"n_queries": 10}
+    )
     return {"eps": 0.05, "n_steps": 5}
 
 
@@ -56,6 +60,7 @@ def make():
 def captions():
     """Enough true captions to hold every word that the toy data set uses."""
     from lgap_utils import toy
+
     return [toy.draw("train", i)[2] for i in range(300)]
 
 
@@ -66,17 +71,25 @@ def profile(make, captions, tmp_path_factory):
 
     from lgap_utils.data import load_images
     from lgap_utils.profiles import TOY
+
     out = tmp_path_factory.mktemp("tiny")
-    profile = replace(TOY, name="tiny", num_inference_steps=50, time_grid="compvis",
-                      **{part: str(out / part) for part in ("captioner", "diffusion", "classifier")})
+    profile = replace(
+        TOY,
+        name="tiny",
+        num_inference_steps=50,
+        time_grid="compvis",
+        **{part: str(out / part) for part in ("captioner", "diffusion", "classifier")},
+    )
     images = load_images("toy", "train", 8)
     for part, sizes in SIZES.items():
         torch.manual_seed(0)
-        make.PARTS[part](profile, images, captions[:8], tmp_path_factory.mktemp(part), out, "cpu", **{"epochs": 0} | sizes)
+        make.PARTS[part](
+            profile, images, captions[:8], tmp_path_factory.mktemp(part), out, "cpu", **{"epochs": 0} | sizes
+        )
     torch.manual_seed(0)
     captioner = make.new_captioner(captions, profile, "cpu", width=16, layers=1, text_layers=1)
     for weight in captioner.model.parameters():
-        weight.data *= 8 if weight.ndim > 1 else 1      # without this, every image would get the same words
+        weight.data *= 8 if weight.ndim > 1 else 1  # without this, every image would get the same words
     captioner.model.half().save_pretrained(out / "captioner")
     captioner.processor.save_pretrained(out / "captioner")
     make.models.write_checksums(out)
@@ -86,6 +99,7 @@ def profile(make, captions, tmp_path_factory):
 @pytest.fixture(scope="session")
 def defense(profile):
     from lgap_utils.models import load_defense
+
     return load_defense(profile, device="cpu")
 
 
@@ -98,6 +112,7 @@ def purifier(defense):
 def images():
     """The first eight test images of the toy data set."""
     from lgap_utils.data import load_images
+
     return load_images("toy", "test", 8)
 
 

@@ -1,4 +1,5 @@
 """A model hub on the loopback, as far as huggingface_hub's client asks one; each fault that a real one shows can be switched on."""
+
 import hashlib
 import json
 import socket
@@ -8,18 +9,26 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-BIG = (".safetensors", ".bin", ".parquet")      # stored by their sha256, and served from a host of their own, as far as the client can tell
+BIG = (
+    ".safetensors",
+    ".bin",
+    ".parquet",
+)  # stored by their sha256, and served from a host of their own, as far as the client can tell
 LOGIN_PAGE = b"<!DOCTYPE html><html><title>Welcome to the guest network</title><form></form></html>"
 # fault: (status, X-Error-Code, X-Error-Message)
-REFUSALS = {"gated": (401, "GatedRepo", "Access to this repository is restricted."),
-            "gated, not granted": (403, "GatedRepo", "Access to this repository is restricted."),
-            "unknown or private": (401, "RepoNotFound", "Repository not found"),
-            "repository gone": (404, "RepoNotFound", "Repository not found"),
-            "revision gone": (404, "RevisionNotFound", "Invalid rev id"),
-            "file gone": (404, "EntryNotFound", "Entry not found"),
-            "bad token": (401, "", "Invalid credentials in Authorization header"), "forbidden": (403, "", "Forbidden"),
-            "too many requests": (429, "", "Too many requests"), "broken": (500, "", "Internal error"),
-            "not found": (404, "", "")}
+REFUSALS = {
+    "gated": (401, "GatedRepo", "Access to this repository is restricted."),
+    "gated, not granted": (403, "GatedRepo", "Access to this repository is restricted."),
+    "unknown or private": (401, "RepoNotFound", "Repository not found"),
+    "repository gone": (404, "RepoNotFound", "Repository not found"),
+    "revision gone": (404, "RevisionNotFound", "Invalid rev id"),
+    "file gone": (404, "EntryNotFound", "Entry not found"),
+    "bad token": (401, "", "Invalid credentials in Authorization header"),
+    "forbidden": (403, "", "Forbidden"),
+    "too many requests": (429, "", "Too many requests"),
+    "broken": (500, "", "Internal error"),
+    "not found": (404, "", ""),
+}
 
 
 class Hub:
@@ -30,7 +39,13 @@ class Hub:
     """
 
     def __init__(self):
-        self.repositories, self.pages, self.faults, self.asked, self.closing = {}, {}, {}, [], threading.Event()
+        self.repositories, self.pages, self.faults, self.asked, self.closing = (
+            {},
+            {},
+            {},
+            [],
+            threading.Event(),
+        )
         handler = type("Handler", (_Handler,), {"hub": self})
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self.server.daemon_threads = True
@@ -40,7 +55,9 @@ class Hub:
     def add(self, repository, revision, folder, kind="model"):
         """Serve the files of a folder as a repository at one revision."""
         folder = Path(folder)
-        files = {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+        files = {
+            p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()
+        }
         self.repositories["datasets/" * (kind == "dataset") + repository] = revision, files
 
     def close(self):
@@ -64,7 +81,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.do_GET()
 
     def do_GET(self):
-        path = unquote(urlsplit(self.path).path)            # a client that takes this for its proxy sends a whole address
+        path = unquote(
+            urlsplit(self.path).path
+        )  # a client that takes this for its proxy sends a whole address
         request = f"{self.command} {path}"
         self.hub.asked.append(request)
         fault = self.hub.fault(request)
@@ -76,7 +95,11 @@ class _Handler(BaseHTTPRequestHandler):
         elif fault in REFUSALS:
             status, code, message = REFUSALS[fault]
             named = {"X-Error-Code": code, "X-Error-Message": message}
-            self.answer(status, b"", {k: v for k, v in named.items() if v} | ({"Retry-After": "1"} if status == 429 else {}))
+            self.answer(
+                status,
+                b"",
+                {k: v for k, v in named.items() if v} | ({"Retry-After": "1"} if status == 429 else {}),
+            )
         else:
             self.serve(path, fault)
 
@@ -88,20 +111,32 @@ class _Handler(BaseHTTPRequestHandler):
             if path == f"{api}/tree/{revision}":
                 return self.answer(200, json.dumps([entry(*item) for item in files.items()]).encode())
             if path.startswith(f"{api}/tree/"):
-                return self.answer(404, b"", {"X-Error-Code": "RevisionNotFound", "X-Error-Message": "Invalid rev id"})
+                return self.answer(
+                    404, b"", {"X-Error-Code": "RevisionNotFound", "X-Error-Message": "Invalid rev id"}
+                )
             for file, data in files.items():
                 if path == f"/{name}/resolve/{revision}/{file}":
                     return self.file(name, revision, file, data, fault)
                 if path == f"/blobs/{hashlib.sha256(data).hexdigest()}":
                     return self.body(data, {}, fault)
-        return self.answer(404, b"", {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"})
+        return self.answer(
+            404, b"", {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"}
+        )
 
     def file(self, name, revision, file, data, fault):
         headers = {"X-Repo-Commit": revision, "Accept-Ranges": "bytes"}
         if file.endswith(BIG):
             digest = hashlib.sha256(data).hexdigest()
-            return self.answer(302, b"", headers | {"X-Linked-Etag": f'"{digest}"', "X-Linked-Size": str(len(data)),
-                                                    "Location": f"http://localhost:{self.server.server_port}/blobs/{digest}"})
+            return self.answer(
+                302,
+                b"",
+                headers
+                | {
+                    "X-Linked-Etag": f'"{digest}"',
+                    "X-Linked-Size": str(len(data)),
+                    "Location": f"http://localhost:{self.server.server_port}/blobs/{digest}",
+                },
+            )
         return self.body(data, headers | {"ETag": f'"{oid(data)}"'}, fault)
 
     def body(self, data, headers, fault):
@@ -116,7 +151,9 @@ class _Handler(BaseHTTPRequestHandler):
     def answer(self, status, body, headers=None, cut=None):
         """`cut`: bytes after which the connection breaks off."""
         self.send_response(status)
-        for name, value in {"Content-Length": str(len(body)), "X-Request-Id": "1"}.items() | (headers or {}).items():
+        for name, value in {"Content-Length": str(len(body)), "X-Request-Id": "1"}.items() | (
+            headers or {}
+        ).items():
             self.send_header(name, value)
         self.end_headers()
         if self.command == "GET":
@@ -131,5 +168,9 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def entry(file, data):
-    big = {"lfs": {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 134}} if file.endswith(BIG) else {}
+    big = (
+        {"lfs": {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 134}}
+        if file.endswith(BIG)
+        else {}
+    )
     return {"type": "file", "oid": oid(data), "size": len(data), "path": file, **big}

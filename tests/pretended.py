@@ -3,6 +3,7 @@
 Its tensors say that they lie on the device "pretended" and are held by the CPU; an operation on tensors of both is refused, as a real
 device would. torch takes one such backend for the life of a process, so this is a process of its own.
 """
+
 import sys
 import types
 
@@ -22,8 +23,14 @@ class There(torch.Tensor):
     def __new__(cls, held):
         if held.dtype in (torch.float64, torch.bfloat16):
             raise TypeError(f"the pretended device has no {held.dtype}")
-        there = torch.Tensor._make_wrapper_subclass(cls, held.size(), strides=held.stride(), storage_offset=held.storage_offset(),
-                                                    dtype=held.dtype, device=torch.device(KIND, 0))
+        there = torch.Tensor._make_wrapper_subclass(
+            cls,
+            held.size(),
+            strides=held.stride(),
+            storage_offset=held.storage_offset(),
+            dtype=held.dtype,
+            device=torch.device(KIND, 0),
+        )
         there.held = held
         return there
 
@@ -35,15 +42,25 @@ class There(torch.Tensor):
 def compute(func, args, kwargs):
     tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
     there, name = [t for t in tensors if isinstance(t, There)], func.overloadpacket.__name__
-    if there and name not in ("copy_", "_to_copy") and any(t.ndim for t in tensors if not isinstance(t, There)):
+    if (
+        there
+        and name not in ("copy_", "_to_copy")
+        and any(t.ndim for t in tensors if not isinstance(t, There))
+    ):
         raise RuntimeError(f"{name}: tensors on the CPU and on the pretended device")
     wanted = kwargs.get("device")
     goes = bool(there) if wanted is None else torch.device(wanted).type == KIND
     if wanted is not None and goes:
         kwargs = {**kwargs, "device": "cpu"}
-    out = func(*tree_map_only(There, lambda t: t.held, args), **tree_map_only(There, lambda t: t.held, kwargs))
-    known = {id(t.held): t for t in there}              # what worked in place hands its own tensor back
-    return tree_map_only(torch.Tensor, lambda t: known[id(t)] if id(t) in known else There(t), out) if goes else out
+    out = func(
+        *tree_map_only(There, lambda t: t.held, args), **tree_map_only(There, lambda t: t.held, kwargs)
+    )
+    known = {id(t.held): t for t in there}  # what worked in place hands its own tensor back
+    return (
+        tree_map_only(torch.Tensor, lambda t: known[id(t)] if id(t) in known else There(t), out)
+        if goes
+        else out
+    )
 
 
 class Dispatch(TorchDispatchMode):
@@ -56,7 +73,10 @@ class Calls(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func in (torch.tensor, torch.as_tensor) and torch.device(kwargs.get("device") or "cpu").type == KIND:
+        if (
+            func in (torch.tensor, torch.as_tensor)
+            and torch.device(kwargs.get("device") or "cpu").type == KIND
+        ):
             return func(*args, **{**kwargs, "device": "cpu"}).to(KIND)
         if func in (torch.Tensor.tolist, torch.Tensor.numpy) and isinstance(args[0], There):
             return func(args[0].held)
@@ -64,30 +84,43 @@ class Calls(TorchFunctionMode):
 
 
 def main():
-    from lgap_utils import models
-    from lgap_utils.keyed import Keys
-    module = types.SimpleNamespace(is_available=lambda: True, device_count=lambda: 1, current_device=lambda: 0, is_initialized=lambda: True,
-                                   _is_in_bad_fork=lambda: False)
+    from lgap_utils import models, profiles
+    from lgap_utils.noise import Keys
+
+    module = types.SimpleNamespace(
+        is_available=lambda: True,
+        device_count=lambda: 1,
+        current_device=lambda: 0,
+        is_initialized=lambda: True,
+        _is_in_bad_fork=lambda: False,
+    )
     _setup_privateuseone_for_python_backend(KIND, module)
     settings = {"num_inference_steps": 3, "strength": 0.5, "num_beams": 2, "max_length": 8}
-    profile = models.get_profile("toy", **settings)
-    here, x = models.load_defense(profile, device="cpu"), torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(0))
+    profile = profiles.get_profile("toy", **settings)
+    here, x = (
+        models.load_defense(profile, device="cpu"),
+        torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(0)),
+    )
     expected = here.purify_one(x)
     with Calls(), Dispatch():
         try:
-            models.load_defense(models.get_profile("toy", dtype="bfloat16"))
+            models.load_defense(profiles.get_profile("toy", dtype="bfloat16"))
         except ValueError as error:
             print(error)
         there = models.load_defense(profile)
         assert {p.device.type for p in there.parameters()} == {KIND}
-        found = there.purify_one(x.double())            # an image of the CPU, in a precision that the device lacks
+        found = there.purify_one(x.double())  # an image of the CPU, in a precision that the device lacks
         assert found.image.dtype == torch.float64 and found.caption == expected.caption
-        assert (found.image - expected.image).abs().max() < 1e-4 and (found.logits - expected.logits).abs().max() < 1e-3
-        with torch.no_grad():                           # and one that is there already
+        assert (found.image - expected.image).abs().max() < 1e-4 and (
+            found.logits - expected.logits
+        ).abs().max() < 1e-3
+        with torch.no_grad():  # and one that is there already
             image = there.purify(x.to(KIND)[None], [expected.caption], Keys.of_content(x[None]))
             logits = there.classify(image)
         assert image.device.type == logits.device.type == KIND
-        assert (image.cpu()[0] - expected.image).abs().max() < 1e-4 and (logits.cpu()[0] - expected.logits).abs().max() < 1e-3
+        assert (image.cpu()[0] - expected.image).abs().max() < 1e-4 and (
+            logits.cpu()[0] - expected.logits
+        ).abs().max() < 1e-3
         try:
             torch.zeros(1, device=KIND).double()
         except TypeError as error:

@@ -1,9 +1,10 @@
 """What stands in for the hub and for RobustBench's large networks where the profile `paper` is tested."""
+
 import shutil
 import socket
 from pathlib import Path
 
-from lgap_utils import models
+from lgap_utils import zoo
 from lgap_utils.files import sha256
 
 
@@ -24,16 +25,18 @@ def in_cache(cache, repository, revision, folder):
 def small_network(dataset, threat, model):
     """A small network of the class that RobustBench's entry has; a WRN-28-10 or a ResNet-50 is too slow for a test."""
     if dataset == "cifar10":
-        return models.new_wide_resnet(10, 1, 10)
+        return zoo.new_wide_resnet(10, 1, 10)
     from torchvision.models.resnet import BasicBlock, ResNet
-    models.import_robustbench()
+
+    zoo.import_robustbench()
     from robustbench.model_zoo.architectures.utils_architectures import normalize_model
+
     return normalize_model(ResNet(BasicBlock, [1, 1, 1, 1]), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 def install():
     """From here on RobustBench's networks are small, and no connection leaves the machine."""
-    models._robustbench_network = small_network
+    zoo._robustbench_network = small_network
     connect = socket.socket.connect
 
     def local_only(self, address):

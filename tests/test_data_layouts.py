@@ -1,4 +1,5 @@
 """Data as people have them: torchvision's CIFAR, ImageNet flat or named as in the hub's archive, faults."""
+
 # ruff: noqa: F401, F811  (fixtures of test_data)
 import dataclasses
 import hashlib
@@ -13,9 +14,12 @@ import torchvision
 from PIL import Image
 from test_data import FILES, KINDS, both, encoded, hub, imagenet, shards
 
-from lgap_utils import data, doctor
-from lgap_utils.data import Images, at_hand, imagenet_classes, imagenet_ids, load_images, validate
+from lgap_utils import data, imagenet, profiles
+from lgap_utils.data import at_hand, load_images, validate
+from lgap_utils.imagenet import imagenet_classes, imagenet_ids
+from lgap_utils.images import Images
 from lgap_utils.profiles import PROFILES
+from tools import doctor
 
 KIND = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}
 
@@ -62,6 +66,7 @@ def as_the_hub(written, dataset, folder):
 
 # ---------------------------------------------------------------- torchvision's CIFAR
 
+
 @both
 @pytest.mark.parametrize("below", [False, True])
 def test_a_row_is_the_same_image_in_both_layouts(unpacked, tmp_path, dataset, below):
@@ -88,6 +93,7 @@ def test_the_folders_are_torchvisions():
 
 class Payload:
     """A pickle that does something when it is opened."""
+
     ran = []
 
     def __reduce__(self):
@@ -114,7 +120,7 @@ def test_an_unknown_pickle_is_never_opened(unpacked, tmp_path, dataset, which):
     (check,) = doctor._data_sets([profile(dataset)])
     assert check.state == "missing" and str(file) in check.detail
     pickle.loads(pickle.dumps(Payload()))
-    assert Payload.ran.pop()                # it would have been noticed
+    assert Payload.ran.pop()  # it would have been noticed
 
 
 def profile(dataset, **settings):
@@ -151,12 +157,13 @@ def test_the_doctor_finds_torchvisions_files(unpacked, tmp_path, dataset):
 
 # ---------------------------------------------------------------- which images are the paper's
 
+
 @both
 def test_test_images_are_official_by_their_number_and_first_labels(unpacked, tmp_path, monkeypatch, dataset):
-    assert not load_images(dataset, "test").official                    # 10 rows
+    assert not load_images(dataset, "test").official  # 10 rows
     first = tuple(load_images(dataset, "test", 4).labels.tolist())
     monkeypatch.setitem(data.COUNTS, dataset, {"test": 10})
-    assert not load_images(dataset, "test").official                    # other labels
+    assert not load_images(dataset, "test").official  # other labels
     monkeypatch.setitem(data.FIRST_LABELS, dataset, first)
     for _ in range(2):
         images = load_images(dataset, "test", 3, start=2)
@@ -176,8 +183,9 @@ def test_imagenet_is_official_where_the_list_is_read(imagenet):
 
 # ---------------------------------------------------------------- ImageNet in other layouts
 
+
 def archive_name(name):
-    """"wnid/ILSVRC2012_val_00000001.JPEG" as the hub's archive has it."""
+    """ "wnid/ILSVRC2012_val_00000001.JPEG" as the hub's archive has it."""
     kind, file = name.split("/")
     return file.replace(".JPEG", f"_{kind}.JPEG")
 
@@ -226,7 +234,7 @@ def test_of_two_layouts_at_once_it_is_said_which_was_read(imagenet):
     images = load_images("imagenet", "test")
     assert equal(images, expected)
     assert "images of paper/ids.txt, read from imagenet/val/<wnid>; rows" in images.source
-    (folder / names[0]).rename(folder / names[0][10:])      # as torchvision leaves it, stopped half way
+    (folder / names[0]).rename(folder / names[0][10:])  # as torchvision leaves it, stopped half way
     images = load_images("imagenet", "test")
     assert equal(images, expected) and "read from imagenet/val and imagenet/val/<wnid>;" in images.source
 
@@ -236,14 +244,26 @@ def test_a_folder_beside_the_hubs_shards_says_so(shards, tmp_path):
     assert "read from imagenet/val/<wnid>; rows" in load_images("imagenet", "test").source
 
 
-@pytest.mark.parametrize("change, says", [
-    (lambda folder, name: (folder / name).rename(folder / KINDS[1] / name[10:]),
-     "the folder or name says n01440764, but the 3 images of paper/ids.txt say n02123045"),
-    (lambda folder, name: (folder / name).rename(folder / f"{KINDS[1]}/{archive_name(name)}"),
-     "is named like one of another class"),
-    (lambda folder, name: (folder / LAYOUTS["a word behind"](name)).write_bytes((folder / name).read_bytes()),
-     "val_00000000_256px.jpeg and .*val_00000000.JPEG have the same number; keep one"),
-], ids=["another class", "another class in the name", "twice"])
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (
+            lambda folder, name: (folder / name).rename(folder / KINDS[1] / name[10:]),
+            "the folder or name says n01440764, but the 3 images of paper/ids.txt say n02123045",
+        ),
+        (
+            lambda folder, name: (folder / name).rename(folder / f"{KINDS[1]}/{archive_name(name)}"),
+            "is named like one of another class",
+        ),
+        (
+            lambda folder, name: (folder / LAYOUTS["a word behind"](name)).write_bytes(
+                (folder / name).read_bytes()
+            ),
+            "val_00000000_256px.jpeg and .*val_00000000.JPEG have the same number; keep one",
+        ),
+    ],
+    ids=["another class", "another class in the name", "twice"],
+)
 def test_an_image_in_the_wrong_place_or_there_twice_is_refused(imagenet, change, says):
     folder, names = imagenet
     change(folder, names[0])
@@ -255,7 +275,7 @@ def test_an_image_in_the_wrong_place_or_there_twice_is_refused(imagenet, change,
 def flat(imagenet):
     """Six images in one folder, none of the list, all of RobustBench's 5000: folder, each "class/name"."""
     folder, names = imagenet
-    known = data._packaged("robustbench", "helper_files/imagenet_test_image_ids.txt").split()[2048:2054]
+    known = imagenet._packaged("robustbench", "helper_files/imagenet_test_image_ids.txt").split()[2048:2054]
     for old, new in zip(names, known):
         (folder / old).rename(folder / new[10:])
     for kind in KINDS:
@@ -265,9 +285,9 @@ def flat(imagenet):
 
 def every_class():
     """WordNet ids of the 50,000 validation images: RobustBench's list's where it has them, else the first."""
-    kinds = ["n01440764"] * data.IMAGENET_ALL
-    for name in data._packaged("robustbench", "helper_files/imagenet_test_image_ids.txt").split():
-        kinds[data._number(name) - 1] = name[:9]
+    kinds = ["n01440764"] * imagenet.IMAGENET_ALL
+    for name in imagenet._packaged("robustbench", "helper_files/imagenet_test_image_ids.txt").split():
+        kinds[imagenet._number(name) - 1] = name[:9]
     return kinds
 
 
@@ -314,26 +334,31 @@ def test_a_flat_folder_with_the_archives_names_needs_no_file(flat):
     assert labels == [imagenet_classes()[0][name[:9]] for name in names]
 
 
-@pytest.mark.parametrize("write", [
-    lambda root: (root / "meta.bin").write_bytes(pickle.dumps(Payload(), 2)),
-    lambda root: torch.save(Payload(), root / "meta.bin"),
-    lambda root: (root / "meta.bin").write_text("<html>"),
-    lambda root: torch.save(({}, every_class()[:100]), root / "meta.bin"),
-    lambda root: torch.save(({}, every_class()[::-1]), root / "meta.bin"),
-    lambda root: (root / TRUTH).write_text("tench\n" * data.IMAGENET_ALL),
-    lambda root: (root / TRUTH).write_text("7\n" * data.IMAGENET_ALL),
-    lambda root: (root / TRUTH).write_text(""),
-], ids=["a pickle", "torch's pickle", "HTML", "short", "another order", "words", "one class", "empty"])
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda root: (root / "meta.bin").write_bytes(pickle.dumps(Payload(), 2)),
+        lambda root: torch.save(Payload(), root / "meta.bin"),
+        lambda root: (root / "meta.bin").write_text("<html>"),
+        lambda root: torch.save(({}, every_class()[:100]), root / "meta.bin"),
+        lambda root: torch.save(({}, every_class()[::-1]), root / "meta.bin"),
+        lambda root: (root / TRUTH).write_text("tench\n" * imagenet.IMAGENET_ALL),
+        lambda root: (root / TRUTH).write_text("7\n" * imagenet.IMAGENET_ALL),
+        lambda root: (root / TRUTH).write_text(""),
+    ],
+    ids=["a pickle", "torch's pickle", "HTML", "short", "another order", "words", "one class", "empty"],
+)
 def test_a_file_of_classes_that_is_something_else_is_refused(flat, write):
     folder, _ = flat
     write(folder.parent)
     says = "(meta.bin|truth.txt) does not hold the 50000 validation images' classes in order; get it again"
     with pytest.raises(ValueError, match=says) as error:
         load_images("imagenet", "test")
-    assert error.value.__context__ is None and not Payload.ran         # nor are torch's own words passed on
+    assert error.value.__context__ is None and not Payload.ran  # nor are torch's own words passed on
 
 
 # ---------------------------------------------------------------- what is not there, and what the doctor says
+
 
 @pytest.mark.parametrize("dataset", ["cifar10", "cifar100", "imagenet"])
 def test_a_folder_of_data_that_does_not_exist_is_named(tmp_path, monkeypatch, dataset):
@@ -351,7 +376,7 @@ def test_a_folder_of_data_that_does_not_exist_is_named(tmp_path, monkeypatch, da
 
 def test_without_lgap_data_the_hub_is_asked(tmp_path, monkeypatch):
     monkeypatch.delenv("LGAP_DATA", raising=False)
-    monkeypatch.setattr(data, "data_root", lambda: tmp_path / "data")        # as in a fresh checkout
+    monkeypatch.setattr(profiles, "data_root", lambda: tmp_path / "data")  # as in a fresh checkout
     with pytest.raises(FileNotFoundError, match="uoft-cs/cifar10 "):
         load_images("cifar10", "test", 1)
 
@@ -378,7 +403,7 @@ def test_the_doctor_and_what_is_at_hand_agree_with_the_loader(hub, imagenet, dat
     with pytest.raises((FileNotFoundError, ValueError), match=str(file)):
         load_images(dataset, "test", 1)
     if isinstance(found, doctor.Item):
-        assert FILES[dataset].format("test") in found.absent        # and the doctor says how to get it
+        assert FILES[dataset].format("test") in found.absent  # and the doctor says how to get it
     else:
         assert found.state == "missing" and str(file) in found.detail
         assert "the profile asks" not in found.detail
@@ -399,13 +424,14 @@ def test_a_damaged_image_that_the_profile_would_not_reach_first_is_named_all_the
 
 def test_shards_that_are_no_parquet_are_not_at_hand(shards, tmp_path):
     assert at_hand("imagenet")
-    file = tmp_path / "imagenet" / data.IMAGENET_SHARDS[1]
+    file = tmp_path / "imagenet" / imagenet.IMAGENET_SHARDS[1]
     for content in (file.read_bytes()[:-9], b"PAR1", b"", b"<html>Not found</html>"):
         file.write_bytes(content)
         assert not at_hand("imagenet")
 
 
 # ---------------------------------------------------------------- images of more than eight bits
+
 
 @pytest.mark.parametrize("mode", ["I;16", "I", "F"])
 @pytest.mark.parametrize("dataset", ["cifar10", "imagenet"])
@@ -441,36 +467,61 @@ BLACK = torch.zeros(4, 3, 8, 8, dtype=torch.uint8)
 
 
 def some(**changes):
-    own = {"pixels": BLACK, "labels": torch.arange(4), "indices": torch.arange(4),
-           "classes": tuple("abcdefghij"), "captions": None}
+    own = {
+        "pixels": BLACK,
+        "labels": torch.arange(4),
+        "indices": torch.arange(4),
+        "classes": tuple("abcdefghij"),
+        "captions": None,
+    }
     return list((own | changes).values())
 
 
-@pytest.mark.parametrize("error, changes, says", [
-    (TypeError, {"pixels": BLACK / 255}, "pixels: expected a tensor of torch.uint8, got torch.float32"),
-    (TypeError, {"pixels": BLACK.numpy()}, "pixels: expected a tensor of torch.uint8, got ndarray"),
-    (ValueError, {"pixels": BLACK.permute(0, 2, 3, 1)}, r"pixels: .*\[n, 3, h, w\], got \[4, 8, 8, 3\]"),
-    (ValueError, {"pixels": BLACK[0]}, r"pixels: .* got \[3, 8, 8\]"),
-    (ValueError, {"pixels": BLACK[:, :1]}, r"pixels: .* got \[4, 1, 8, 8\]"),
-    (ValueError, {"labels": torch.tensor([0, 1, 99, 10])}, r"labels\[2\] is 99; expected a class, 0 to 9"),
-    (ValueError, {"labels": torch.tensor([0, 9, 8, 10])}, r"labels\[3\] is 10; expected a class, 0 to 9"),
-    (ValueError, {"labels": torch.tensor([0, -1, 2, 3])}, r"labels\[1\] is -1"),
-    (ValueError, {"labels": torch.tensor([-100, -1, 2, 3])}, r"labels\[0\] is -100"),
-    (TypeError, {"labels": torch.arange(4).int()}, "labels: expected a tensor of .*int64, got torch.int32"),
-    (TypeError, {"labels": torch.arange(4.0)}, "labels: .* got torch.float32"),
-    (TypeError, {"labels": [0, 1, 2, 3]}, "labels: .* got list"),
-    (ValueError, {"labels": torch.arange(3)}, r"labels: expected one for each of 4 images, got \[3\]"),
-    (ValueError, {"labels": torch.eye(4).long()}, r"labels: expected one for each of 4 images, got \[4, 4\]"),
-    (ValueError, {"indices": torch.tensor([5, 6, 5, 6])}, r"indices\[2\] is 5, as indices\[0\]"),
-    (ValueError, {"indices": torch.tensor([0, 1, -2, 3])}, r"indices\[2\] is -2; expected a row"),
-    (TypeError, {"indices": torch.arange(4.0)}, "indices: .* got torch.float32"),
-    (ValueError, {"indices": torch.arange(5)}, r"indices: expected one for each of 4 images, got \[5\]"),
-    (ValueError, {"captions": ("a cat",)}, "captions: expected 4, one an image, got 1"),
-    (TypeError, {"captions": "cats"}, "captions: expected a tuple of sentences, got str"),
-    (TypeError, {"captions": ("a cat", "a dog", None, "")}, r"captions\[2\]: expected a sentence, got None"),
-    (TypeError, {"classes": 10}, "classes: expected a tuple of names, got 10"),
-    (TypeError, {"classes": ()}, r"classes: expected a tuple of names, got \(\)"),
-], ids=str)
+@pytest.mark.parametrize(
+    "error, changes, says",
+    [
+        (TypeError, {"pixels": BLACK / 255}, "pixels: expected a tensor of torch.uint8, got torch.float32"),
+        (TypeError, {"pixels": BLACK.numpy()}, "pixels: expected a tensor of torch.uint8, got ndarray"),
+        (ValueError, {"pixels": BLACK.permute(0, 2, 3, 1)}, r"pixels: .*\[n, 3, h, w\], got \[4, 8, 8, 3\]"),
+        (ValueError, {"pixels": BLACK[0]}, r"pixels: .* got \[3, 8, 8\]"),
+        (ValueError, {"pixels": BLACK[:, :1]}, r"pixels: .* got \[4, 1, 8, 8\]"),
+        (
+            ValueError,
+            {"labels": torch.tensor([0, 1, 99, 10])},
+            r"labels\[2\] is 99; expected a class, 0 to 9",
+        ),
+        (ValueError, {"labels": torch.tensor([0, 9, 8, 10])}, r"labels\[3\] is 10; expected a class, 0 to 9"),
+        (ValueError, {"labels": torch.tensor([0, -1, 2, 3])}, r"labels\[1\] is -1"),
+        (ValueError, {"labels": torch.tensor([-100, -1, 2, 3])}, r"labels\[0\] is -100"),
+        (
+            TypeError,
+            {"labels": torch.arange(4).int()},
+            "labels: expected a tensor of .*int64, got torch.int32",
+        ),
+        (TypeError, {"labels": torch.arange(4.0)}, "labels: .* got torch.float32"),
+        (TypeError, {"labels": [0, 1, 2, 3]}, "labels: .* got list"),
+        (ValueError, {"labels": torch.arange(3)}, r"labels: expected one for each of 4 images, got \[3\]"),
+        (
+            ValueError,
+            {"labels": torch.eye(4).long()},
+            r"labels: expected one for each of 4 images, got \[4, 4\]",
+        ),
+        (ValueError, {"indices": torch.tensor([5, 6, 5, 6])}, r"indices\[2\] is 5, as indices\[0\]"),
+        (ValueError, {"indices": torch.tensor([0, 1, -2, 3])}, r"indices\[2\] is -2; expected a row"),
+        (TypeError, {"indices": torch.arange(4.0)}, "indices: .* got torch.float32"),
+        (ValueError, {"indices": torch.arange(5)}, r"indices: expected one for each of 4 images, got \[5\]"),
+        (ValueError, {"captions": ("a cat",)}, "captions: expected 4, one an image, got 1"),
+        (TypeError, {"captions": "cats"}, "captions: expected a tuple of sentences, got str"),
+        (
+            TypeError,
+            {"captions": ("a cat", "a dog", None, "")},
+            r"captions\[2\]: expected a sentence, got None",
+        ),
+        (TypeError, {"classes": 10}, "classes: expected a tuple of names, got 10"),
+        (TypeError, {"classes": ()}, r"classes: expected a tuple of names, got \(\)"),
+    ],
+    ids=str,
+)
 def test_own_images_that_cannot_be_are_refused_at_the_door(error, changes, says):
     with pytest.raises(error, match=says):
         Images(*some(**changes))
@@ -480,8 +531,15 @@ def test_own_images_can_be_sliced_and_keep_what_they_are():
     images = Images(*some(captions=tuple("wxyz"), indices=torch.tensor([9, 4, 7, 2])), "mine", True)
     mask = images.indices < 5
     positions = [1, 3]
-    for part in (slice(1, 4, 2), positions, torch.tensor(positions), np.array(positions), [-3, -1],
-                 mask, mask.tolist()):
+    for part in (
+        slice(1, 4, 2),
+        positions,
+        torch.tensor(positions),
+        np.array(positions),
+        [-3, -1],
+        mask,
+        mask.tolist(),
+    ):
         two = images[part]
         assert two.indices.tolist() == [4, 2] and two.captions == ("x", "z")
         assert two.source == "mine" and two.official
@@ -494,20 +552,25 @@ def test_own_images_can_be_sliced_and_keep_what_they_are():
 
 # ---------------------------------------------------------------- requests
 
-@pytest.mark.parametrize("error, settings, says", [
-    (ValueError, {"n": 0}, "n=0: expected n >= 1"),
-    (ValueError, {"n": -3}, "n=-3: expected n >= 1"),
-    (TypeError, {"n": 2.5}, "n=2.5: expected a whole number, n >= 1"),
-    (TypeError, {"n": 2.0}, "n=2.0: expected a whole number"),
-    (TypeError, {"n": True}, "n=True: expected a whole number"),
-    (TypeError, {"n": "2"}, "n='2': expected a whole number"),
-    (ValueError, {"n": 1, "start": -1}, "start=-1: expected start >= 0"),
-    (TypeError, {"n": 1, "start": 1.0}, "start=1.0: expected a whole number"),
-    (TypeError, {"n": 1, "start": None}, "start=None: expected a whole number"),
-    (TypeError, {"n": 1, "start": False}, "start=False: expected a whole number"),
-    (ValueError, {"crop": 0}, "crop=0: expected crop >= 1"),
-    (TypeError, {"crop": 28.8}, "crop=28.8: expected a whole number"),
-], ids=str)
+
+@pytest.mark.parametrize(
+    "error, settings, says",
+    [
+        (ValueError, {"n": 0}, "n=0: expected n >= 1"),
+        (ValueError, {"n": -3}, "n=-3: expected n >= 1"),
+        (TypeError, {"n": 2.5}, "n=2.5: expected a whole number, n >= 1"),
+        (TypeError, {"n": 2.0}, "n=2.0: expected a whole number"),
+        (TypeError, {"n": True}, "n=True: expected a whole number"),
+        (TypeError, {"n": "2"}, "n='2': expected a whole number"),
+        (ValueError, {"n": 1, "start": -1}, "start=-1: expected start >= 0"),
+        (TypeError, {"n": 1, "start": 1.0}, "start=1.0: expected a whole number"),
+        (TypeError, {"n": 1, "start": None}, "start=None: expected a whole number"),
+        (TypeError, {"n": 1, "start": False}, "start=False: expected a whole number"),
+        (ValueError, {"crop": 0}, "crop=0: expected crop >= 1"),
+        (TypeError, {"crop": 28.8}, "crop=28.8: expected a whole number"),
+    ],
+    ids=str,
+)
 def test_numbers_of_images_that_cannot_be_are_refused(imagenet, error, settings, says):
     for dataset in ("imagenet",) if "crop" in settings else ("toy", "imagenet"):
         with pytest.raises(error, match=says):
@@ -519,4 +582,4 @@ def test_numpys_whole_numbers_will_do():
 
 
 def test_the_list_has_each_number_once():
-    assert len({data._number(name) for name in imagenet_ids()}) == 2048
+    assert len({imagenet._number(name) for name in imagenet_ids()}) == 2048

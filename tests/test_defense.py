@@ -1,4 +1,5 @@
 """The purification is diffusers' image-to-image and DDIM's formula, batch by batch the same, and truly differentiable."""
+
 import contextlib
 import itertools
 import types
@@ -15,12 +16,18 @@ from PIL import Image
 from torch import nn
 
 from lgap_utils import models
-from lgap_utils.defense import LGAP, Trace, check_images, noise_schedule, resize
-from lgap_utils.keyed import Keys, generator
+from lgap_utils.checks import check_images
+from lgap_utils.defense import LGAP, Trace, noise_schedule, resize
+from lgap_utils.noise import Keys, generator
 
-WORDS = ["a small red circle at the left of a plain blue picture", "a ring", "", "a large star in the middle of a dotted red picture"]
+WORDS = [
+    "a small red circle at the left of a plain blue picture",
+    "a ring",
+    "",
+    "a large star in the middle of a dotted red picture",
+]
 STABLE_DIFFUSION = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-ALPHA_BAR = np.cumprod(1 - np.linspace(0.00085 ** 0.5, 0.012 ** 0.5, 1000) ** 2)
+ALPHA_BAR = np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)
 
 
 def uniform(*shape):
@@ -29,10 +36,13 @@ def uniform(*shape):
 
 # ---------------------------------------------------------------- against diffusers and the formula
 
+
 @pytest.mark.parametrize("strength", [0.5, 0.1])
 @pytest.mark.parametrize("guidance_scale", [5.0, 1.0])
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample"])
-def test_it_equals_the_pipeline_of_diffusers(purifier, images, monkeypatch, strength, guidance_scale, prediction_type):
+def test_it_equals_the_pipeline_of_diffusers(
+    purifier, images, monkeypatch, strength, guidance_scale, prediction_type
+):
     predicts = {**STABLE_DIFFUSION, "prediction_type": prediction_type}
     monkeypatch.setattr(purifier, "scheduler", models.ddim(predicts))
     p, x, keys = purifier, images.x[:2], Keys([4, 9], seed=3)
@@ -40,10 +50,20 @@ def test_it_equals_the_pipeline_of_diffusers(purifier, images, monkeypatch, stre
     for module in (diffusers_vae, img2img):
         monkeypatch.setattr(module, "randn_tensor", lambda *_, **__: next(draws))
     scheduler = DDIMScheduler(clip_sample=False, set_alpha_to_one=False, steps_offset=1, **predicts)
-    pipeline = StableDiffusionImg2ImgPipeline(p.vae, p.text_encoder, p.tokenizer, p.unet, scheduler, safety_checker=None,
-                                              feature_extractor=None, requires_safety_checker=False)
+    pipeline = StableDiffusionImg2ImgPipeline(
+        p.vae,
+        p.text_encoder,
+        p.tokenizer,
+        p.unet,
+        scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
     pipeline.set_progress_bar_config(disable=True)
-    expected = pipeline(WORDS[:2], x, strength, num_inference_steps=50, guidance_scale=guidance_scale, output_type="pt").images
+    expected = pipeline(
+        WORDS[:2], x, strength, num_inference_steps=50, guidance_scale=guidance_scale, output_type="pt"
+    ).images
     with torch.no_grad(), p.using(strength=strength, guidance_scale=guidance_scale, time_grid="diffusers"):
         purified = p(x, WORDS[:2], keys)
     assert next(draws, None) is None
@@ -51,8 +71,15 @@ def test_it_equals_the_pipeline_of_diffusers(purifier, images, monkeypatch, stre
     assert ((purified > 0) & (purified < 1)).float().mean() > 0.5 and (purified - x).abs().mean() > 0.05
 
 
-@pytest.mark.parametrize("strength, time_grid, noise, first, n", [
-    (0.5, "compvis", 501, 481, 25), (0.1, "compvis", 101, 81, 5), (0.5, "diffusers", 481, 481, 25), (0.1, "diffusers", 81, 81, 5)])
+@pytest.mark.parametrize(
+    "strength, time_grid, noise, first, n",
+    [
+        (0.5, "compvis", 501, 481, 25),
+        (0.1, "compvis", 101, 81, 5),
+        (0.5, "diffusers", 481, 481, 25),
+        (0.1, "diffusers", 81, 81, 5),
+    ],
+)
 def test_the_times_are_those_of_the_two_code_bases(purifier, strength, time_grid, noise, first, n):
     t_noise, times = noise_schedule(purifier.scheduler, strength, 50, time_grid)
     assert t_noise == noise and times == list(range(first, 0, -20)) and len(times) == n
@@ -60,7 +87,12 @@ def test_the_times_are_those_of_the_two_code_bases(purifier, strength, time_grid
 
 def test_the_noise_schedule_is_that_of_stable_diffusion(purifier):
     assert np.allclose(purifier.scheduler.alphas_cumprod, ALPHA_BAR, atol=1e-5)
-    assert [round(float(purifier.scheduler.alphas_cumprod[t]), 3) for t in (501, 481, 101, 81)] == [0.275, 0.302, 0.893, 0.917]
+    assert [round(float(purifier.scheduler.alphas_cumprod[t]), 3) for t in (501, 481, 101, 81)] == [
+        0.275,
+        0.302,
+        0.893,
+        0.917,
+    ]
 
 
 @contextlib.contextmanager
@@ -72,9 +104,11 @@ def recorded(module):
     handle.remove()
 
 
-@pytest.mark.parametrize("strength, times", [(0.5, [501, *range(481, 0, -20)]), (0.1, [101, 81, 61, 41, 21, 1])])
+@pytest.mark.parametrize(
+    "strength, times", [(0.5, [501, *range(481, 0, -20)]), (0.1, [101, 81, 61, 41, 21, 1])]
+)
 def test_every_step_is_the_ddim_formula(purifier, images, strength, times, monkeypatch):
-    monkeypatch.setattr(purifier, "scheduler", models.ddim(STABLE_DIFFUSION))     # which predicts the noise
+    monkeypatch.setattr(purifier, "scheduler", models.ddim(STABLE_DIFFUSION))  # which predicts the noise
     p, x, keys, trace = purifier, images.x[:2], Keys(range(2)), Trace()
     with torch.no_grad(), p.using(strength=strength), recorded(p.unet) as calls:
         purified = p(x, WORDS[:2], keys, trace)
@@ -82,7 +116,9 @@ def test_every_step_is_the_ddim_formula(purifier, images, strength, times, monke
 
     with torch.no_grad():
         posterior = p.vae.encode(2 * x - 1).latent_dist
-        z = (posterior.mean + posterior.std * keys.normal((4, 8, 8), "posterior")) * p.vae.config.scaling_factor
+        z = (
+            posterior.mean + posterior.std * keys.normal((4, 8, 8), "posterior")
+        ) * p.vae.config.scaling_factor
     t = times[0]
     z = ALPHA_BAR[t] ** 0.5 * z + (1 - ALPHA_BAR[t]) ** 0.5 * keys.normal((4, 8, 8), "noise")
     assert torch.allclose(trace.latents[0], z, atol=1e-5)
@@ -90,8 +126,8 @@ def test_every_step_is_the_ddim_formula(purifier, images, strength, times, monke
         without, with_caption = output.chunk(2)
         eps = without + 5 * (with_caption - without)
         a, a_next = ALPHA_BAR[t], ALPHA_BAR[max(t - 20, 0)]
-        x0 = (before - (1 - a) ** 0.5 * eps) / a ** 0.5
-        assert torch.allclose(after, a_next ** 0.5 * x0 + (1 - a_next) ** 0.5 * eps, rtol=1e-4, atol=1e-4)
+        x0 = (before - (1 - a) ** 0.5 * eps) / a**0.5
+        assert torch.allclose(after, a_next**0.5 * x0 + (1 - a_next) ** 0.5 * eps, rtol=1e-4, atol=1e-4)
     with torch.no_grad():
         decoded = p.vae.decode(trace.latents[-1] / p.vae.config.scaling_factor).sample
     assert torch.allclose(purified, (decoded / 2 + 0.5).clamp(0, 1), atol=1e-6)
@@ -101,7 +137,9 @@ def test_the_trace_does_not_change_the_result(purifier, images):
     x, keys, trace = images.x[:1], Keys([0]), Trace()
     with torch.no_grad(), purifier.using(strength=0.1):
         assert torch.equal(purifier(x, ["a ring"], keys, trace), purifier(x, ["a ring"], keys))
-    assert len(trace.denoised) == 5 and all(d.shape == x.shape and 0 <= d.min() and d.max() <= 1 for d in trace.denoised)
+    assert len(trace.denoised) == 5 and all(
+        d.shape == x.shape and 0 <= d.min() and d.max() <= 1 for d in trace.denoised
+    )
 
 
 def test_the_caption_and_the_negative_prompt_guide(purifier, images):
@@ -117,10 +155,13 @@ def test_without_sampling_the_latent_is_the_mode(purifier, images):
     x = images.x[:2]
     with torch.no_grad(), purifier.using(vae_sample=False):
         z = purifier.encode(x, Keys([0, 1]))
-        assert torch.equal(z, purifier.vae.encode(2 * x - 1).latent_dist.mode() * purifier.vae.config.scaling_factor)
+        assert torch.equal(
+            z, purifier.vae.encode(2 * x - 1).latent_dist.mode() * purifier.vae.config.scaling_factor
+        )
 
 
 # ---------------------------------------------------------------- the authors' departures
+
 
 def test_the_vae_can_be_shown_what_blip_is_shown(defense, images):
     x, purifier = images.x[:3], defense.purifier
@@ -134,23 +175,32 @@ def test_the_vae_can_be_shown_what_blip_is_shown(defense, images):
 def test_the_authors_slip_runs_over_the_batch_and_not_the_channels(purifier):
     """Images 0 to 36 in batches of 32, each batch zipped with the three means and deviations; here an image's index is its place."""
     x = torch.rand(37, 3, 4, 4, generator=generator("slip"))
-    mean, std = torch.tensor([0.48145466, 0.4578275, 0.40821073]), torch.tensor([0.26862954, 0.26130258, 0.27577711])
+    mean, std = (
+        torch.tensor([0.48145466, 0.4578275, 0.40821073]),
+        torch.tensor([0.26862954, 0.26130258, 0.27577711]),
+    )
     expected = (x - mean.view(3, 1, 1)) / std.view(3, 1, 1)
     for batch in expected.split(32):
         for image, m, s in zip(batch, mean, std):
             image.mul_(s).add_(m)
     with purifier.using(vae_input="authors"):
         assert torch.equal(purifier.pixels(x, list(range(37))), expected)
-        assert all(torch.equal(purifier.pixels(x[i:i + 1], [i])[0], expected[i]) for i in (0, 2, 3, 31, 32, 34, 35))     # in any batch
+        assert all(
+            torch.equal(purifier.pixels(x[i : i + 1], [i])[0], expected[i]) for i in (0, 2, 3, 31, 32, 34, 35)
+        )  # in any batch
         with torch.no_grad():
-            assert not torch.allclose(purifier.encode(x[:1, :, :4], Keys([0])), purifier.encode(x[:1, :, :4], Keys([3])), atol=1e-3)
+            assert not torch.allclose(
+                purifier.encode(x[:1, :, :4], Keys([0])), purifier.encode(x[:1, :, :4], Keys([3])), atol=1e-3
+            )
 
 
 def test_without_antialias_a_small_picture_reads_few_pixels_of_a_large_one():
     x = torch.rand(1, 3, 384, 384, generator=generator("large"), requires_grad=True)
     resize(x, (32, 32), antialias=False).sum().backward()
     assert 100 * (x.grad != 0).float().mean().item() == pytest.approx(2.8, abs=0.05)
-    assert torch.equal(resize(x, (32, 32), False), F.interpolate(x, size=(32, 32), mode="bilinear", align_corners=False))
+    assert torch.equal(
+        resize(x, (32, 32), False), F.interpolate(x, size=(32, 32), mode="bilinear", align_corners=False)
+    )
     x.grad = None
     resize(x, (32, 32)).sum().backward()
     assert (x.grad != 0).all()
@@ -158,10 +208,13 @@ def test_without_antialias_a_small_picture_reads_few_pixels_of_a_large_one():
 
 def test_half_precision_networks_leave_latents_single(purifier, images):
     import copy
+
     half, trace = copy.deepcopy(purifier).to(torch.bfloat16), Trace()
     with torch.no_grad(), half.using(strength=0.1):
         out = half(images.x[:2], ["a large red star"] * 2, Keys([0, 1]), trace)
-    assert out.dtype == images.x.dtype == torch.float32 and all(z.dtype == torch.float32 for z in trace.latents)
+    assert out.dtype == images.x.dtype == torch.float32 and all(
+        z.dtype == torch.float32 for z in trace.latents
+    )
     x = images.x[:1].clone().requires_grad_(True)
     with half.using(strength=0.1):
         half(x, ["a large red star"], Keys([0])).square().sum().backward()
@@ -170,12 +223,16 @@ def test_half_precision_networks_leave_latents_single(purifier, images):
 
 # ---------------------------------------------------------------- batches
 
+
 @pytest.mark.parametrize("keys", [Keys(range(8), seed=1), None], ids=["index keys", "content keys"])
 def test_batch_size_and_order_change_nothing(defense, images, keys):
     """Captions, purified images and logits of one batch of 8, of batches of 3, 3 and 2, of single images, and backwards."""
+
     def run(order):
         captions = defense.caption(images.x[order])
-        x = defense.purify(images.x[order], captions, keys and sum((keys[i:i + 1] for i in order), Keys([])))
+        x = defense.purify(
+            images.x[order], captions, keys and sum((keys[i : i + 1] for i in order), Keys([]))
+        )
         return captions, x, defense.classify(x)
 
     with torch.no_grad(), defense.purifier.using(num_inference_steps=20):
@@ -183,10 +240,14 @@ def test_batch_size_and_order_change_nothing(defense, images, keys):
         for size in (1, 3):
             parts = [run(list(range(i, min(i + size, 8)))) for i in range(0, 8, size)]
             assert sum((part[0] for part in parts), []) == captions
-            assert torch.allclose(torch.cat([part[1] for part in parts]), purified, rtol=0, atol=1e-4)      # 25 steps of rounding
+            assert torch.allclose(
+                torch.cat([part[1] for part in parts]), purified, rtol=0, atol=1e-4
+            )  # 25 steps of rounding
             assert torch.allclose(torch.cat([part[2] for part in parts]), logits, rtol=0, atol=1e-3)
         backwards = run(list(range(7, -1, -1)))
-    assert backwards[0] == captions[::-1] and torch.allclose(backwards[1].flip(0), purified, rtol=0, atol=1e-4)
+    assert backwards[0] == captions[::-1] and torch.allclose(
+        backwards[1].flip(0), purified, rtol=0, atol=1e-4
+    )
 
 
 def test_seeds_matter_and_the_global_generators_do_not(defense, images):
@@ -195,7 +256,9 @@ def test_seeds_matter_and_the_global_generators_do_not(defense, images):
         torch.manual_seed(4321)
         before = torch.get_rng_state(), np.random.get_state()[1].copy()
         first = defense(x)
-        assert torch.equal(torch.get_rng_state(), before[0]) and np.array_equal(np.random.get_state()[1], before[1])
+        assert torch.equal(torch.get_rng_state(), before[0]) and np.array_equal(
+            np.random.get_state()[1], before[1]
+        )
         torch.manual_seed(1)
         assert torch.equal(defense(x), first)
         one, other = (defense.purify(x, WORDS[:2], Keys.of_content(x, seed)) for seed in (0, 1))
@@ -203,6 +266,7 @@ def test_seeds_matter_and_the_global_generators_do_not(defense, images):
 
 
 # ---------------------------------------------------------------- gradients
+
 
 @pytest.fixture
 def wide():
@@ -222,14 +286,16 @@ def test_the_gradient_is_that_of_finite_differences(exact, wide):
     value = lambda x: (exact(x, WORDS[:2], keys) * direction).sum()
     with torch.no_grad():
         purified = exact(x, WORDS[:2], keys)
-    assert 0 < purified.min() and purified.max() < 1               # the clamp is not touched
+    assert 0 < purified.min() and purified.max() < 1  # the clamp is not touched
     slope = gradient(exact, x, direction)
     for seed in range(3):
         step = torch.randn(x.shape, dtype=x.dtype, generator=generator("direction", seed))
         with torch.no_grad():
             measured = (value(x + h * step) - value(x - h * step)) / (2 * h)
         # beside the size of both factors: of a sum that nearly cancels, rounding leaves few digits
-        assert torch.isclose((slope * step).sum(), measured, rtol=1e-5, atol=1e-6 * (slope.norm() * step.norm()).item())
+        assert torch.isclose(
+            (slope * step).sum(), measured, rtol=1e-5, atol=1e-6 * (slope.norm() * step.norm()).item()
+        )
 
 
 def test_checkpointing_leaves_the_gradient_as_it_is(exact, wide):
@@ -239,8 +305,10 @@ def test_checkpointing_leaves_the_gradient_as_it_is(exact, wide):
     assert recomputed.flatten(1).abs().amax(1).min() > 0
 
 
-@pytest.mark.parametrize("later", [{"num_inference_steps": 25}, {"guidance_scale": 1.0}, {"vae_input": "clip"},
-                                   {"vae_sample": False}])
+@pytest.mark.parametrize(
+    "later",
+    [{"num_inference_steps": 25}, {"guidance_scale": 1.0}, {"vae_input": "clip"}, {"vae_sample": False}],
+)
 def test_the_gradient_is_that_of_the_settings_it_was_built_with(exact, wide, later):
     """The backward pass recomputes: also where the defence has meanwhile been looked at under other settings, or still is."""
     x, direction = wide
@@ -283,17 +351,20 @@ def test_with_checkpointing_memory_does_not_grow_with_the_steps(exact, wide):
     def saved(n_steps, checkpointing):
         """Bytes kept for the backward pass."""
         kept = {}
-        hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.data_ptr(), t), lambda t: t)
+        hooks = torch.autograd.graph.saved_tensors_hooks(
+            lambda t: kept.setdefault(t.data_ptr(), t), lambda t: t
+        )
         with exact.using(strength=n_steps / 50, checkpointing=checkpointing), hooks:
             exact(wide[0].clone().requires_grad_(), WORDS[:2], Keys([0, 1]))
         return sum(t.nbytes for t in kept.values())
 
-    latent = 2 * 4 * 4 * 4 * 8                                      # bytes of z, which each step needs to start again
+    latent = 2 * 4 * 4 * 4 * 8  # bytes of z, which each step needs to start again
     assert saved(5, True) - saved(1, True) <= 4 * 2 * latent
     assert saved(5, False) - saved(1, False) > 4 * 100 * latent
 
 
 # ---------------------------------------------------------------- bad inputs
+
 
 def with_one(value):
     x = uniform(3, 3, 8, 8)
@@ -301,21 +372,37 @@ def with_one(value):
     return x
 
 
-@pytest.mark.parametrize("x, error, says", [
-    (np.zeros((1, 3, 8, 8)), TypeError, "torch.Tensor, got ndarray"),
-    ((255 * uniform(1, 3, 8, 8)).byte(), TypeError, "uint8"),
-    (255 * uniform(1, 3, 8, 8), ValueError, r"span \[.*\], expected \[0, 1\]"),
-    (2 * uniform(1, 3, 8, 8) - 1, ValueError, r"span \[-"),
-    (with_one(-1e-7), ValueError, r"span \[-1\.0*1?e-07"),
-    (with_one(1 + 2e-7), ValueError, r"1\.0000002"),
-    (with_one(float("nan")), ValueError, "1 of 3 hold NaN"),
-    (with_one(float("inf")), ValueError, "1 of 3 hold NaN or inf"),
-    (uniform(1, 1, 8, 8), ValueError, r"got \[1, 1, 8, 8\]$"),
-    (uniform(1, 8, 8, 3), ValueError, "channels-last"),
-    (uniform(3, 8, 8), ValueError, r"\[n, 3, height, width\], got \[3, 8, 8\]"),
-    (uniform(0, 3, 8, 8), ValueError, "empty"),
-], ids=["array", "uint8", "0 to 255", "-1 to 1", "just below 0", "just above 1", "NaN", "inf", "grey", "channels-last",
-        "no batch", "empty"])
+@pytest.mark.parametrize(
+    "x, error, says",
+    [
+        (np.zeros((1, 3, 8, 8)), TypeError, "torch.Tensor, got ndarray"),
+        ((255 * uniform(1, 3, 8, 8)).byte(), TypeError, "uint8"),
+        (255 * uniform(1, 3, 8, 8), ValueError, r"span \[.*\], expected \[0, 1\]"),
+        (2 * uniform(1, 3, 8, 8) - 1, ValueError, r"span \[-"),
+        (with_one(-1e-7), ValueError, r"span \[-1\.0*1?e-07"),
+        (with_one(1 + 2e-7), ValueError, r"1\.0000002"),
+        (with_one(float("nan")), ValueError, "1 of 3 hold NaN"),
+        (with_one(float("inf")), ValueError, "1 of 3 hold NaN or inf"),
+        (uniform(1, 1, 8, 8), ValueError, r"got \[1, 1, 8, 8\]$"),
+        (uniform(1, 8, 8, 3), ValueError, "channels-last"),
+        (uniform(3, 8, 8), ValueError, r"\[n, 3, height, width\], got \[3, 8, 8\]"),
+        (uniform(0, 3, 8, 8), ValueError, "empty"),
+    ],
+    ids=[
+        "array",
+        "uint8",
+        "0 to 255",
+        "-1 to 1",
+        "just below 0",
+        "just above 1",
+        "NaN",
+        "inf",
+        "grey",
+        "channels-last",
+        "no batch",
+        "empty",
+    ],
+)
 def test_a_bad_image_is_refused_before_anything_runs(x, error, says):
     never = pytest.fail
     with pytest.raises(error, match=f"images: .*{says}"):
@@ -326,29 +413,38 @@ def test_images_that_just_fit_are_taken():
     check_images(torch.tensor([0.0, 1.0, 0.5]).view(1, 3, 1, 1))
 
 
-@pytest.mark.parametrize("settings, says", [
-    ({"strength": 0}, "gives 0 denoising steps"),
-    ({"strength": 1.5}, "gives 75 denoising steps; expected 1 to 49"),
-    ({"strength": 1.0}, "gives 50 denoising steps; expected 1 to 49"),
-    ({"strength": 0.1, "num_inference_steps": 4}, "gives 0 denoising steps; expected 1 to 3"),
-    ({"strength": -0.1}, "gives -5 denoising steps"),
-    ({"time_grid": "ddpm"}, "no time_grid 'ddpm'"),
-    ({"size": 30}, "size=30.*multiple of 4"),
-    ({"guidance": 3}, "no setting guidance; choose from"),
-    ({"guidance_scale": 0}, "guidance_scale=0: expected at least 1.*at 0 the caption is ignored and two passes are paid"),
-    ({"guidance_scale": 0.5}, "guidance_scale=0.5: .*between 0 and 1 it counts less than without guidance"),
-    ({"guidance_scale": -2.0}, "guidance_scale=-2.0: .*below 0 images are led away"),
-    ({"guidance_scale": float("nan")}, "guidance_scale=nan: expected a number"),
-    ({"guidance_scale": "5"}, "guidance_scale='5': expected a number"),
-    ({"strength": float("nan")}, "strength=nan: expected a number"),
-    ({"strength": "0.5"}, "strength='0.5': expected a number"),
-    ({"num_inference_steps": 50.0}, "num_inference_steps=50.0: expected a whole number"),
-    ({"size": "32"}, "size='32': expected a whole number"),
-    ({"vae_sample": "False"}, "vae_sample='False': choose from"),
-    ({"negative_prompt": None}, "negative_prompt=None: expected text"),
-    ({"antialias": "no"}, "antialias='no': choose from"),
-    ({"checkpointing": 0}, "checkpointing=0: choose from"),
-])
+@pytest.mark.parametrize(
+    "settings, says",
+    [
+        ({"strength": 0}, "gives 0 denoising steps"),
+        ({"strength": 1.5}, "gives 75 denoising steps; expected 1 to 49"),
+        ({"strength": 1.0}, "gives 50 denoising steps; expected 1 to 49"),
+        ({"strength": 0.1, "num_inference_steps": 4}, "gives 0 denoising steps; expected 1 to 3"),
+        ({"strength": -0.1}, "gives -5 denoising steps"),
+        ({"time_grid": "ddpm"}, "no time_grid 'ddpm'"),
+        ({"size": 30}, "size=30.*multiple of 4"),
+        ({"guidance": 3}, "no setting guidance; choose from"),
+        (
+            {"guidance_scale": 0},
+            "guidance_scale=0: expected at least 1.*at 0 the caption is ignored and two passes are paid",
+        ),
+        (
+            {"guidance_scale": 0.5},
+            "guidance_scale=0.5: .*between 0 and 1 it counts less than without guidance",
+        ),
+        ({"guidance_scale": -2.0}, "guidance_scale=-2.0: .*below 0 images are led away"),
+        ({"guidance_scale": float("nan")}, "guidance_scale=nan: expected a number"),
+        ({"guidance_scale": "5"}, "guidance_scale='5': expected a number"),
+        ({"strength": float("nan")}, "strength=nan: expected a number"),
+        ({"strength": "0.5"}, "strength='0.5': expected a number"),
+        ({"num_inference_steps": 50.0}, "num_inference_steps=50.0: expected a whole number"),
+        ({"size": "32"}, "size='32': expected a whole number"),
+        ({"vae_sample": "False"}, "vae_sample='False': choose from"),
+        ({"negative_prompt": None}, "negative_prompt=None: expected text"),
+        ({"antialias": "no"}, "antialias='no': choose from"),
+        ({"checkpointing": 0}, "checkpointing=0: choose from"),
+    ],
+)
 def test_a_bad_setting_is_refused(purifier, images, settings, says):
     old = purifier.settings()
     with pytest.raises(ValueError, match=says), purifier.using(**settings):
@@ -360,31 +456,65 @@ def test_a_bad_setting_is_refused(purifier, images, settings, says):
 def test_a_purifier_is_not_built_with_a_bad_setting(purifier, settings):
     p = purifier
     with pytest.raises(ValueError, match=str(next(iter(settings.values())))):
-        type(p)(p.vae, p.unet, p.text_encoder, p.tokenizer, p.scheduler, **{"size": 32, "strength": 0.5} | settings)
+        type(p)(
+            p.vae,
+            p.unet,
+            p.text_encoder,
+            p.tokenizer,
+            p.scheduler,
+            **{"size": 32, "strength": 0.5} | settings,
+        )
 
 
 NETWORKS = {
-    "inpainting": ("unet", {"in_channels": 9}, r"unet: it takes 9 channels and the VAE's latents have 4; one for inpainting \(9"),
+    "inpainting": (
+        "unet",
+        {"in_channels": 9},
+        r"unet: it takes 9 channels and the VAE's latents have 4; one for inpainting \(9",
+    ),
     "instructions": ("unet", {"in_channels": 8}, "unet: it takes 8 channels"),
     "learned variance": ("unet", {"out_channels": 8}, "unet: it gives 8 channels"),
-    "other latents": ("vae", {"latent_channels": 16}, "unet: it takes 4 channels and the VAE's latents have 16"),
-    "wider text": ("unet", {"cross_attention_dim": 768}, "unet: it reads text of width 768 and the text encoder's is 16"),
+    "other latents": (
+        "vae",
+        {"latent_channels": 16},
+        "unet: it takes 4 channels and the VAE's latents have 16",
+    ),
+    "wider text": (
+        "unet",
+        {"cross_attention_dim": 768},
+        "unet: it reads text of width 768 and the text encoder's is 16",
+    ),
     "text of many widths": ("unet", {"cross_attention_dim": (16, 32)}, "unet: it reads text of width 16, 32"),
-    "projected text": ("unet", {"encoder_hid_dim_type": "text_proj", "encoder_hid_dim": 64}, "unet: it reads text of width 64"),
+    "projected text": (
+        "unet",
+        {"encoder_hid_dim_type": "text_proj", "encoder_hid_dim": 64},
+        "unet: it reads text of width 64",
+    ),
     "a class": ("unet", {"class_embed_type": "timestep"}, "unet: it wants a class"),
     "classes": ("unet", {"num_class_embeds": 1000}, "unet: it wants a class"),
-    "SDXL": ("unet", {"addition_embed_type": "text_time"}, r"unet: it wants more than one text encoder's.*'text_time'"),
+    "SDXL": (
+        "unet",
+        {"addition_embed_type": "text_time"},
+        r"unet: it wants more than one text encoder's.*'text_time'",
+    ),
     "Kandinsky": ("unet", {"encoder_hid_dim_type": "image_proj"}, "unet: it wants more than .*'image_proj'"),
     "shifted latents": ("vae", {"shift_factor": 0.1}, "vae: expected one of RGB images"),
     "grey images": ("vae", {"in_channels": 1}, "vae: expected one of RGB images"),
-    "a flow": ("scheduler", {"prediction_type": "flow_prediction"}, "scheduler: no DDIM step for the prediction type 'flow_prediction'"),
+    "a flow": (
+        "scheduler",
+        {"prediction_type": "flow_prediction"},
+        "scheduler: no DDIM step for the prediction type 'flow_prediction'",
+    ),
 }
 
 
 @pytest.mark.parametrize("part, changes, says", NETWORKS.values(), ids=NETWORKS)
 def test_networks_that_do_not_go_together_are_refused_when_they_load(purifier, part, changes, says):
     import copy
-    parts = {name: getattr(purifier, name) for name in ("vae", "unet", "text_encoder", "tokenizer", "scheduler")}
+
+    parts = {
+        name: getattr(purifier, name) for name in ("vae", "unet", "text_encoder", "tokenizer", "scheduler")
+    }
     parts[part] = copy.deepcopy(parts[part])
     parts[part].register_to_config(**changes)
     with pytest.raises(ValueError, match=says):
@@ -393,9 +523,13 @@ def test_networks_that_do_not_go_together_are_refused_when_they_load(purifier, p
 
 def test_a_tokenizer_longer_than_the_text_encoder_is_refused(purifier):
     import copy
+
     p, longer = purifier, copy.deepcopy(purifier.tokenizer)
     longer.model_max_length = int(1e30)
-    with pytest.raises(ValueError, match="tokenizer: it gives 1000000000000000019884624838656 tokens and the text encoder reads 32"):
+    with pytest.raises(
+        ValueError,
+        match="tokenizer: it gives 1000000000000000019884624838656 tokens and the text encoder reads 32",
+    ):
         type(p)(p.vae, p.unet, p.text_encoder, longer, p.scheduler, size=32, strength=0.5)
 
 
@@ -419,11 +553,37 @@ def test_settings_come_back_after_a_failure(purifier):
     assert purifier.settings() == old
 
 
-@pytest.mark.parametrize("wrong, error", [
-    (["one"], ValueError), ("ab", TypeError), ([1, 2], TypeError), (["a", None], TypeError), (["a", "b", "c"], ValueError),
-    ({"a", "b"}, TypeError), ({"a": 1, "b": 2}, TypeError), (7, TypeError), (b"ab", TypeError), ([["a"], ["b"]], TypeError),
-    (itertools.repeat("a"), ValueError), (np.zeros(2), TypeError)],
-    ids=["too few", "a string", "numbers", "None", "too many", "a set", "a dict", "a number", "bytes", "lists", "endless", "an array"])
+@pytest.mark.parametrize(
+    "wrong, error",
+    [
+        (["one"], ValueError),
+        ("ab", TypeError),
+        ([1, 2], TypeError),
+        (["a", None], TypeError),
+        (["a", "b", "c"], ValueError),
+        ({"a", "b"}, TypeError),
+        ({"a": 1, "b": 2}, TypeError),
+        (7, TypeError),
+        (b"ab", TypeError),
+        ([["a"], ["b"]], TypeError),
+        (itertools.repeat("a"), ValueError),
+        (np.zeros(2), TypeError),
+    ],
+    ids=[
+        "too few",
+        "a string",
+        "numbers",
+        "None",
+        "too many",
+        "a set",
+        "a dict",
+        "a number",
+        "bytes",
+        "lists",
+        "endless",
+        "an array",
+    ],
+)
 def test_captions_are_one_string_per_image(defense, images, wrong, error):
     with pytest.raises(error, match="captions: "):
         defense.purify(images.x[:2], wrong)
@@ -431,8 +591,11 @@ def test_captions_are_one_string_per_image(defense, images, wrong, error):
         LGAP(lambda x: wrong, defense.purifier, defense.classifier).caption(images.x[:2])
 
 
-@pytest.mark.parametrize("answer", [["a", "b"], ("a", "b"), (c for c in "ab"), map(str.lower, "AB"), np.array(["a", "b"])],
-                         ids=["list", "tuple", "generator", "map", "array"])
+@pytest.mark.parametrize(
+    "answer",
+    [["a", "b"], ("a", "b"), (c for c in "ab"), map(str.lower, "AB"), np.array(["a", "b"])],
+    ids=["list", "tuple", "generator", "map", "array"],
+)
 def test_captions_come_in_whatever_has_an_order(images, answer):
     assert LGAP(lambda x: answer, None, None).caption(images.x[:2]) == ["a", "b"]
 
@@ -443,16 +606,23 @@ def test_a_captioner_that_answers_nothing_is_refused(images):
 
 
 CALLABLES = {
-    "no callable": ("blip-base", TypeError, "expected a callable, got str"), "None": (None, TypeError, "expected a callable, got NoneType"),
+    "no callable": ("blip-base", TypeError, "expected a callable, got str"),
+    "None": (None, TypeError, "expected a callable, got NoneType"),
     "no arguments": (lambda: "", TypeError, r"expected a callable of \(x.*\), this one takes \(\)"),
-    "too many": (lambda a, b, c, d, e: "", TypeError, r"expected a callable of \(x.*\), this one takes \(a, b, c, d, e\)"),
+    "too many": (
+        lambda a, b, c, d, e: "",
+        TypeError,
+        r"expected a callable of \(x.*\), this one takes \(a, b, c, d, e\)",
+    ),
 }
 
 
 @pytest.mark.parametrize("role", ["captioner", "purifier", "classifier"])
 @pytest.mark.parametrize("part, error, says", CALLABLES.values(), ids=CALLABLES)
 def test_a_part_that_cannot_be_called_as_it_will_be_is_refused(images, role, part, error, says):
-    parts = {"captioner": lambda x: [""] * len(x), "purifier": pale, "classifier": lambda x: x.flatten(1)} | {role: part}
+    parts = {"captioner": lambda x: [""] * len(x), "purifier": pale, "classifier": lambda x: x.flatten(1)} | {
+        role: part
+    }
     with pytest.raises(error, match=f"{role}: {says}"):
         LGAP(**parts)(images.x[:2])
 
@@ -460,12 +630,15 @@ def test_a_part_that_cannot_be_called_as_it_will_be_is_refused(images, role, par
 def test_a_purifier_that_cannot_be_traced_says_so(images):
     defense = LGAP(lambda x: [""], pale, lambda x: x.flatten(1))
     assert defense.purify_one(images.x[0]).trace is None
-    with pytest.raises(TypeError, match=r"purifier: expected a callable of \(x, captions, keys, trace\), this one takes \(x, capt"):
+    with pytest.raises(
+        TypeError,
+        match=r"purifier: expected a callable of \(x, captions, keys, trace\), this one takes \(x, capt",
+    ):
         defense.purify_one(images.x[0], with_trace=True)
 
 
 def test_keys_are_keys(images):
-    with pytest.raises(TypeError, match="keys: expected keyed.Keys, got list"):
+    with pytest.raises(TypeError, match="keys: expected noise.Keys, got list"):
         LGAP(None, pale, None).purify(images.x[:2], ["", ""], [0, 1])
 
 
@@ -474,8 +647,11 @@ def test_keys_are_one_per_image(defense, images):
         defense.purify(images.x[:2], WORDS[:2], Keys(range(3)))
 
 
-@pytest.mark.parametrize("caption", ["", "red " * 300, "a\x00b\n\t\x1b[31m", r"\frac{1}{2} & 50\% $x_0$", "ein Bär 猫"],
-                         ids=["empty", "300 words", "control characters", "LaTeX", "not English"])
+@pytest.mark.parametrize(
+    "caption",
+    ["", "red " * 300, "a\x00b\n\t\x1b[31m", r"\frac{1}{2} & 50\% $x_0$", "ein Bär 猫"],
+    ids=["empty", "300 words", "control characters", "LaTeX", "not English"],
+)
 def test_strange_captions_are_no_reason_to_stop(purifier, images, caption):
     cut = purifier.truncated
     with torch.no_grad(), purifier.using(strength=0.02), warnings.catch_warnings():
@@ -485,17 +661,18 @@ def test_strange_captions_are_no_reason_to_stop(purifier, images, caption):
 
 
 def test_a_cut_caption_is_counted_and_announced(purifier):
-    before, fits, long = purifier.truncated, "red " * 30, "red " * 31      # 32 tokens, two of them begin and end
+    before, fits, long = purifier.truncated, "red " * 30, "red " * 31  # 32 tokens, two of them begin and end
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         exactly = purifier.embed([fits])
     with pytest.warns(UserWarning, match="2 of 3 captions are longer than the text encoder's 32 tokens"):
         cut = purifier.embed([long, fits, long + "star"])
     assert purifier.truncated - before == 2
-    assert torch.allclose(cut[0], exactly[0], atol=1e-5)                   # what was cut is the end
+    assert torch.allclose(cut[0], exactly[0], atol=1e-5)  # what was cut is the end
 
 
 # ---------------------------------------------------------------- a user's own parts
+
 
 def pale(x, captions, keys):
     return x * 0.5
@@ -514,8 +691,12 @@ def test_any_callables_make_a_defence(images):
 def test_what_the_classifier_sees_is_an_image(defense, images):
     seen = []
     with torch.no_grad(), defense.purifier.using(strength=0.1):
-        LGAP(defense.captioner, defense.purifier, lambda x: seen.append(x) or torch.zeros(len(x), 10))(images.x[:2])
-    assert seen[0].shape == (2, 3, 32, 32) and seen[0].min() >= 0 and seen[0].max() <= 1 and seen[0].max() > 0.5
+        LGAP(defense.captioner, defense.purifier, lambda x: seen.append(x) or torch.zeros(len(x), 10))(
+            images.x[:2]
+        )
+    assert (
+        seen[0].shape == (2, 3, 32, 32) and seen[0].min() >= 0 and seen[0].max() <= 1 and seen[0].max() > 0.5
+    )
 
 
 def test_a_classifier_in_training_mode_is_caught(images):
@@ -527,19 +708,28 @@ def test_a_classifier_in_training_mode_is_caught(images):
 
 
 @pytest.mark.parametrize("role", ["captioner", "purifier", "classifier"])
-@pytest.mark.parametrize("inner, says", [(nn.Dropout(), r"its `1.0` \(Dropout\) is in training mode"),
-                                         (nn.BatchNorm2d(3), r"its `1.0` \(BatchNorm2d\) is in training mode"),
-                                         (nn.BatchNorm2d(3, track_running_stats=False), r"its `1.0` \(BatchNorm2d\) keeps no running")],
-                         ids=["dropout", "batch norm", "no statistics"])
+@pytest.mark.parametrize(
+    "inner, says",
+    [
+        (nn.Dropout(), r"its `1.0` \(Dropout\) is in training mode"),
+        (nn.BatchNorm2d(3), r"its `1.0` \(BatchNorm2d\) is in training mode"),
+        (nn.BatchNorm2d(3, track_running_stats=False), r"its `1.0` \(BatchNorm2d\) keeps no running"),
+    ],
+    ids=["dropout", "batch norm", "no statistics"],
+)
 def test_a_part_of_a_part_in_training_mode_is_caught_by_name(images, role, inner, says):
     class Part(nn.Sequential):
         def forward(self, x, captions=None, keys=None):
-            return {"captioner": ["" for _ in x], "purifier": super().forward(x), "classifier": super().forward(x).flatten(1)}[role]
+            return {
+                "captioner": ["" for _ in x],
+                "purifier": super().forward(x),
+                "classifier": super().forward(x).flatten(1),
+            }[role]
 
     parts = {"captioner": lambda x: [""] * len(x), "purifier": pale, "classifier": lambda x: x.flatten(1)}
     defense = LGAP(**parts | {role: Part(nn.Identity(), nn.Sequential(inner))})
     if getattr(inner, "track_running_stats", True):
-        defense(images.x[:2])                                  # LGAP switched it to evaluation
+        defense(images.x[:2])  # LGAP switched it to evaluation
         inner.train()
     with pytest.raises(ValueError, match=f"{role}: {says}"):
         defense(images.x[:2])
@@ -547,6 +737,7 @@ def test_a_part_of_a_part_in_training_mode_is_caught_by_name(images, role, inner
 
 def test_the_bundled_parts_are_in_evaluation_mode_and_caught_when_they_are_not(defense, images):
     import copy
+
     own = copy.deepcopy(defense)
     own.purifier.unet.mid_block.train()
     with pytest.raises(ValueError, match="purifier: its `unet.mid_block` .* is in training mode"):
@@ -555,17 +746,29 @@ def test_the_bundled_parts_are_in_evaluation_mode_and_caught_when_they_are_not(d
 
 def test_a_classifier_may_answer_as_those_of_transformers_do(images):
     from transformers.modeling_outputs import ImageClassifierOutput
+
     logits = uniform(3, 10) * 8 - 4
     defense = LGAP(None, pale, lambda x: ImageClassifierOutput(logits=logits), images.classes)
     assert torch.equal(defense(images.x[:3], ["", "", ""]), logits)
 
 
-@pytest.mark.parametrize("output, says", [
-    (None, "NoneType"), ((torch.zeros(3, 10), None), "tuple"), (np.zeros((3, 10), np.float32), "ndarray"), ([1, 2, 3], "list"),
-    ({"logits": torch.zeros(3, 10)}, "dict"), (types.SimpleNamespace(logits=None), "NoneType"), (torch.zeros(3, 10).long(), "torch.int64"),
-], ids=["None", "tuple", "numpy", "list", "dict", "no logits", "whole numbers"])
+@pytest.mark.parametrize(
+    "output, says",
+    [
+        (None, "NoneType"),
+        ((torch.zeros(3, 10), None), "tuple"),
+        (np.zeros((3, 10), np.float32), "ndarray"),
+        ([1, 2, 3], "list"),
+        ({"logits": torch.zeros(3, 10)}, "dict"),
+        (types.SimpleNamespace(logits=None), "NoneType"),
+        (torch.zeros(3, 10).long(), "torch.int64"),
+    ],
+    ids=["None", "tuple", "numpy", "list", "dict", "no logits", "whole numbers"],
+)
 def test_an_answer_of_the_classifier_that_is_no_tensor_is_refused(images, output, says):
-    with pytest.raises(TypeError, match=rf"classifier: its output is {says}, expected logits \[3, 10\] as a tensor of floats"):
+    with pytest.raises(
+        TypeError, match=rf"classifier: its output is {says}, expected logits \[3, 10\] as a tensor of floats"
+    ):
         LGAP(None, pale, lambda x: output, images.classes)(images.x[:3], ["", "", ""])
 
 
@@ -573,19 +776,26 @@ def test_the_image_whose_logits_are_not_finite_is_named(images):
     logits = torch.zeros(3, 10)
     logits[1, 4] = float("nan")
     defense = LGAP(None, pale, lambda x: logits)
-    with pytest.raises(ValueError, match=r"classifier: its output for image 1 of 3 holds NaN or inf \(key \(7, 41, 'defence', 0, 0\)\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"classifier: its output for image 1 of 3 holds NaN or inf \(key \(7, 41, 'defence', 0, 0\)\)",
+    ):
         defense(images.x[:3], ["", "", ""], Keys([40, 41, 42], seed=7))
     with pytest.raises(ValueError, match="image 1 of 3 holds NaN or inf$"):
         defense.classify(images.x[:3])
 
 
-@pytest.mark.parametrize("output, says", [
-    (torch.zeros(3, 7), r"\[3, 7\], expected \[3, 10\]"),
-    (torch.zeros(3), r"\[3\], expected \[3, 10\]"),
-    (torch.zeros(3, 10, 1), r"\[3, 10, 1\], expected \[3, 10\]"),
-    (torch.zeros(1, 10), r"\[1, 10\], expected \[3, 10\]"),
-    (torch.full((3, 10), float("nan")), "NaN"),
-], ids=["wrong classes", "no classes", "three dimensions", "one row for all", "NaN"])
+@pytest.mark.parametrize(
+    "output, says",
+    [
+        (torch.zeros(3, 7), r"\[3, 7\], expected \[3, 10\]"),
+        (torch.zeros(3), r"\[3\], expected \[3, 10\]"),
+        (torch.zeros(3, 10, 1), r"\[3, 10, 1\], expected \[3, 10\]"),
+        (torch.zeros(1, 10), r"\[1, 10\], expected \[3, 10\]"),
+        (torch.full((3, 10), float("nan")), "NaN"),
+    ],
+    ids=["wrong classes", "no classes", "three dimensions", "one row for all", "NaN"],
+)
 def test_a_wrong_answer_of_the_classifier_is_caught(images, output, says):
     with pytest.raises(ValueError, match=f"classifier: .*{says}"):
         LGAP(None, pale, lambda x: output, images.classes)(images.x[:3], ["", "", ""])
@@ -603,6 +813,7 @@ def test_probabilities_in_place_of_logits_are_announced(images):
 def test_a_purified_image_that_is_not_finite_is_named(images):
     def broken(x, captions, keys):
         return x * torch.tensor([1, float("nan"), 1]).view(3, 1, 1, 1)
+
     with pytest.raises(ValueError, match=r"purified image 1 of 3 holds NaN or inf \(key .*41"):
         LGAP(None, broken, None).purify(images.x[:3], ["", "", ""], Keys([40, 41, 42]))
 
@@ -615,15 +826,33 @@ def darkened(image):
 
 
 PURIFIERS = {
-    "-1 to 1": (lambda x, captions, keys: 2 * (x - x.amin()) - 1, r"image 1 of 2 is not in \[0, 1\].*looks like an image in \[-1, 1\]"),
-    "0 to 255": (lambda x, captions, keys: 255 * x, r"span \[.*\] \(key .*; it looks like an image in \[0, 255\], divide by 255"),
+    "-1 to 1": (
+        lambda x, captions, keys: 2 * (x - x.amin()) - 1,
+        r"image 1 of 2 is not in \[0, 1\].*looks like an image in \[-1, 1\]",
+    ),
+    "0 to 255": (
+        lambda x, captions, keys: 255 * x,
+        r"span \[.*\] \(key .*; it looks like an image in \[0, 255\], divide by 255",
+    ),
     "twice": (lambda x, captions, keys: 2 * x, "image 0 of 2 is not in .*clamp or rescale it"),
-    "one of two": (lambda x, captions, keys: x * torch.tensor([1, -1]).view(2, 1, 1, 1), r"image 1 of 2 .* \(key \(0, 41"),
-    "-1 to 1, noise": (lambda x, captions, keys: 2 * uniform(*x.shape) - 1, r"looks like an image in \[-1, 1\]"),
+    "one of two": (
+        lambda x, captions, keys: x * torch.tensor([1, -1]).view(2, 1, 1, 1),
+        r"image 1 of 2 .* \(key \(0, 41",
+    ),
+    "-1 to 1, noise": (
+        lambda x, captions, keys: 2 * uniform(*x.shape) - 1,
+        r"looks like an image in \[-1, 1\]",
+    ),
     "twice, noise": (lambda x, captions, keys: 2 * uniform(*x.shape), "clamp or rescale it"),
-    "a dark corner": (lambda x, captions, keys: x.index_put((torch.tensor(1),), darkened(x[1])), r"image 1 of 2 .*in \[-1, 1\]"),
+    "a dark corner": (
+        lambda x, captions, keys: x.index_put((torch.tensor(1),), darkened(x[1])),
+        r"image 1 of 2 .*in \[-1, 1\]",
+    ),
     "normalised": (lambda x, captions, keys: (x - 0.5) / 0.2, "not in"),
-    "another shape": (lambda x, captions, keys: x[:1], r"its output is \[1, 3, 32, 32\], expected \[2, 3, 32, 32\]"),
+    "another shape": (
+        lambda x, captions, keys: x[:1],
+        r"its output is \[1, 3, 32, 32\], expected \[2, 3, 32, 32\]",
+    ),
     "channels last": (lambda x, captions, keys: x.permute(0, 2, 3, 1), r"its output is \[2, 32, 32, 3\]"),
     "None": (lambda x, captions, keys: None, "its output is NoneType, expected .* a tensor of floats"),
     "numpy": (lambda x, captions, keys: x.numpy(), "its output is ndarray, expected .* a tensor of floats"),
@@ -647,9 +876,16 @@ def test_noise_around_an_image_passes(value, sigma):
     assert torch.equal(LGAP(None, lambda x, captions, keys: noisy, None).purify(x, [""]), noisy)
 
 
-@pytest.mark.parametrize("x, says", [
-    (np.zeros((1, 3, 8, 8), np.float32), "got ndarray"), ((255 * uniform(1, 3, 8, 8)).byte(), "got torch.uint8"),
-    (255 * uniform(1, 3, 8, 8), "divide by 255"), (2 * uniform(1, 3, 8, 8) - 1, r"\[-1, 1\]"), (uniform(3, 8, 8), r"\[3, 8, 8\]")])
+@pytest.mark.parametrize(
+    "x, says",
+    [
+        (np.zeros((1, 3, 8, 8), np.float32), "got ndarray"),
+        ((255 * uniform(1, 3, 8, 8)).byte(), "got torch.uint8"),
+        (255 * uniform(1, 3, 8, 8), "divide by 255"),
+        (2 * uniform(1, 3, 8, 8) - 1, r"\[-1, 1\]"),
+        (uniform(3, 8, 8), r"\[3, 8, 8\]"),
+    ],
+)
 def test_a_classifier_is_shown_images_alone(x, says):
     """A classifier takes them as they are: of another range they would be answered all the same, and wrongly."""
     with pytest.raises((TypeError, ValueError), match=f"images: .*{says}"):
@@ -660,9 +896,12 @@ def test_a_classifier_is_shown_images_alone(x, says):
 def test_a_part_that_works_in_place_spoils_nothing_for_others(images, draws):
     x, keys = images.x[:2].requires_grad_(), Keys([0, 1]).at([0, 0], draws)
     before = x.detach().clone()
-    defense = LGAP(lambda x: ["a ring"] * len(x.mul_(0)), lambda x, captions, keys: x.mul_(0.5).add_(0.25),
-                   lambda x: x.sub_(0.5).flatten(1)[:, :10])
-    y = x * 1                                    # no leaf: in place would be allowed
+    defense = LGAP(
+        lambda x: ["a ring"] * len(x.mul_(0)),
+        lambda x, captions, keys: x.mul_(0.5).add_(0.25),
+        lambda x: x.sub_(0.5).flatten(1)[:, :10],
+    )
+    y = x * 1  # no leaf: in place would be allowed
     assert defense.caption(y) == ["a ring"] * 2
     purified = defense.purify(y, None, keys)
     shown = purified.detach().clone()
@@ -670,7 +909,10 @@ def test_a_part_that_works_in_place_spoils_nothing_for_others(images, draws):
     assert torch.equal(y, before) and torch.equal(purified, shown)
     assert torch.equal(purified, (before * 0.5 + 0.25).repeat_interleave(draws, 0))
     slope = torch.autograd.grad(logits.sum(), x)[0]
-    assert torch.equal(slope.flatten(1)[:, :10], torch.full((2, 10), 0.5 * draws)) and not slope.flatten(1)[:, 10:].any()
+    assert (
+        torch.equal(slope.flatten(1)[:, :10], torch.full((2, 10), 0.5 * draws))
+        and not slope.flatten(1)[:, 10:].any()
+    )
     with torch.no_grad():
         plain = images.x[:2]
         defense(plain)
@@ -678,6 +920,7 @@ def test_a_part_that_works_in_place_spoils_nothing_for_others(images, draws):
 
 
 # ---------------------------------------------------------------- one image from anywhere (how it is read: test_images_in.py)
+
 
 def test_purify_one_is_the_defence_on_a_batch_of_one(defense, images):
     with torch.no_grad(), defense.purifier.using(strength=0.1):
@@ -691,4 +934,6 @@ def test_purify_one_is_the_defence_on_a_batch_of_one(defense, images):
 def test_an_image_of_any_size_goes_through_the_bundled_defence(tmp_path):
     Image.new("RGB", (90, 70), (200, 40, 40)).save(tmp_path / "cat.png")
     result = models.load_defense("toy").purify_one(tmp_path / "cat.png")
-    assert result.image.shape == (3, 70, 90) and result.logits.shape == (10,) and isinstance(result.caption, str)
+    assert (
+        result.image.shape == (3, 70, 90) and result.logits.shape == (10,) and isinstance(result.caption, str)
+    )

@@ -1,4 +1,5 @@
 """What `python -m lgap_utils doctor` finds missing, in words that help, and the cost it counts: the notebooks' own, by running them."""
+
 import contextlib
 import csv
 import io
@@ -14,10 +15,11 @@ import matplotlib.pyplot as plt
 import pytest
 import torch
 
-from lgap_utils import __main__ as command
-from lgap_utils import attacks, doctor, files, models, runner
+from lgap_utils import attacks, files, hub, models, profiles, zoo
 from lgap_utils.defense import LatentPurifier
 from lgap_utils.profiles import PAPER, PROFILES, REVISIONS, ROOT
+from tools import cli as command
+from tools import doctor, runner
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
@@ -25,7 +27,9 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 @pytest.fixture(autouse=True)
 def alone(monkeypatch, tmp_path):
     """No network, no GPU, no data and empty caches."""
-    monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("something tried to reach the network"))
+    monkeypatch.setattr(
+        socket.socket, "connect", lambda *_: pytest.fail("something tried to reach the network")
+    )
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "torch"))
     for name in ("data", "cache", "outputs"):
@@ -52,10 +56,11 @@ def said(argv, capsys):
 def online(monkeypatch):
     """Servers that answer, and would send every file."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-    monkeypatch.setattr(files, "ask", lambda url: None)
+    monkeypatch.setattr(hub, "ask", lambda url: None)
 
 
 # ---------------------------------------------------------------- what is there, and what is not
+
 
 def test_the_bundled_profile_is_all_there(capsys):
     checks = doctor.examine("toy")
@@ -71,10 +76,17 @@ def test_without_cache_and_network_everything_is_named_with_the_way_to_get_it(ca
     for repository in (PAPER.captioner, PAPER.diffusion):
         assert f"hf download {repository} --revision {REVISIONS[repository]} --cache-dir" in plain
     assert "text_encoder/model.fp16.safetensors" in plain and "pytorch_model.bin" in plain
-    names = [PAPER.classifier, PAPER.tables[4]["classifier"], *(name for table in (3, 4) for _, name, _ in PAPER.tables[table]["rivals"])]
+    names = [
+        PAPER.classifier,
+        PAPER.tables[4]["classifier"],
+        *(name for table in (3, 4) for _, name, _ in PAPER.tables[table]["rivals"]),
+    ]
     for name in names:
-        assert name in plain and models.robustbench_page(*name.removeprefix("robustbench:").split("/")) in plain
-    assert f"{PAPER.tables[2]['classifier']}, size not known" in plain and "python checkpoints/make.py paper" in plain
+        assert name in plain and zoo.robustbench_page(*name.removeprefix("robustbench:").split("/")) in plain
+    assert (
+        f"{PAPER.tables[2]['classifier']}, size not known" in plain
+        and "python checkpoints/make.py paper" in plain
+    )
     assert plain.count("--repo-type dataset") == 3 and "accept" in plain and "imagenet/val/<wnid>/" in plain
     assert "python tools/bench.py --sizes 384" in plain
 
@@ -83,8 +95,12 @@ def test_what_a_run_would_fetch_is_no_obstacle(online, monkeypatch):
     monkeypatch.setenv("LGAP_DEVICE", "cpu")
     checks = doctor.examine("paper", classifier="checkpoints/toy/classifier")
     assert doctor.can_run(checks) and len(found(checks, "disk")) == 1
-    assert found(checks, "captioner") == [("to fetch", f"{PAPER.captioner}, 990.8 MB, from https://huggingface.co")]
-    assert found(checks, "diffusion") == [("to fetch", f"{PAPER.diffusion}, 2.1 GB, from https://huggingface.co")]
+    assert found(checks, "captioner") == [
+        ("to fetch", f"{PAPER.captioner}, 990.8 MB, from https://huggingface.co")
+    ]
+    assert found(checks, "diffusion") == [
+        ("to fetch", f"{PAPER.diffusion}, 2.1 GB, from https://huggingface.co")
+    ]
 
 
 def test_a_host_that_does_not_answer_is_told_and_a_gated_one_that_refuses(online, monkeypatch):
@@ -94,10 +110,14 @@ def test_a_host_that_does_not_answer_is_told_and_a_gated_one_that_refuses(online
         if "huggingface" not in url:
             raise ConnectionRefusedError(111, "refused")
 
-    monkeypatch.setattr(files, "ask", ask)
+    monkeypatch.setattr(hub, "ask", ask)
     checks = doctor.examine("paper")
     ((state, detail),) = found(checks, "network")
-    assert state == "note" and "drive.google.com is out of reach" in detail and "huggingface.co answers" in detail
+    assert (
+        state == "note"
+        and "drive.google.com is out of reach" in detail
+        and "huggingface.co answers" in detail
+    )
     assert "accepted its terms" in found(checks, "data")[-1][1]
     assert [state for state, _ in found(checks, "data")] == ["to fetch", "to fetch", "missing"]
     assert {state for state, _ in found(checks, "rival")} == {"missing"}
@@ -105,14 +125,22 @@ def test_a_host_that_does_not_answer_is_told_and_a_gated_one_that_refuses(online
 
 def test_a_full_disk_is_missing_space(online, monkeypatch):
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(shutil, "disk_usage", lambda place: usage(9, 9, 10 ** 9))
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: usage(9, 9, 10**9))
     ((state, detail),) = found(doctor.examine("paper"), "disk")
-    assert state == "missing" and "at least 4." in detail and "1.0 GB" in detail       # BLIP's 0.99 GB twice, Stable Diffusion's 2.1
+    assert (
+        state == "missing" and "at least 4." in detail and "1.0 GB" in detail
+    )  # BLIP's 0.99 GB twice, Stable Diffusion's 2.1
 
 
-@pytest.mark.parametrize("device, state, words", [
-    (None, "missing", "set LGAP_DEVICE=cpu to go on without one"), ("cpu", "note", "goes on without the GPU"),
-    ("cuda", "missing", "torch finds no GPU"), ("tpu9", "missing", "no such kind")])
+@pytest.mark.parametrize(
+    "device, state, words",
+    [
+        (None, "missing", "set LGAP_DEVICE=cpu to go on without one"),
+        ("cpu", "note", "goes on without the GPU"),
+        ("cuda", "missing", "torch finds no GPU"),
+        ("tpu9", "missing", "no such kind"),
+    ],
+)
 def test_a_profile_that_needs_a_gpu_says_so(device, state, words, monkeypatch):
     if device:
         monkeypatch.setenv("LGAP_DEVICE", device)
@@ -121,6 +149,7 @@ def test_a_profile_that_needs_a_gpu_says_so(device, state, words, monkeypatch):
 
 
 # ---------------------------------------------------------------- caches and folders
+
 
 def cached(cache, repository, revision, sizes, kind="models"):
     """Files of these sizes, full of nothing, in the layout of the hub's cache."""
@@ -136,15 +165,23 @@ def cached(cache, repository, revision, sizes, kind="models"):
 
 
 def test_a_model_in_the_hubs_cache_is_there_and_half_of_one_is_not(tmp_path, monkeypatch):
-    known = json.loads((ROOT / "checkpoints" / "hub.lock.json").read_text())[f"{PAPER.captioner}@{REVISIONS[PAPER.captioner]}"]
+    known = json.loads((ROOT / "checkpoints" / "hub.lock.json").read_text())[
+        f"{PAPER.captioner}@{REVISIONS[PAPER.captioner]}"
+    ]
     sizes = {name: entry["size"] for name, entry in known.items()}
     folder = cached(tmp_path / "cache", PAPER.captioner, REVISIONS[PAPER.captioner], sizes)
     settings = {"captioner": PAPER.captioner, "dataset": "toy"}
-    assert found(doctor.examine("toy", **settings), "captioner") == [("ok", f"{PAPER.captioner} in {tmp_path / 'cache'}")]
+    assert found(doctor.examine("toy", **settings), "captioner") == [
+        ("ok", f"{PAPER.captioner} in {tmp_path / 'cache'}")
+    ]
     blob = folder / "blobs" / f"{list(sizes).index('vocab.txt'):040x}"
-    os.truncate(blob, 7)                                    # what the loader would refuse is not called ok
+    os.truncate(blob, 7)  # what the loader would refuse is not called ok
     ((state, detail),) = found(doctor.examine("toy", **settings), "captioner")
-    assert state == "missing" and f"vocab.txt is damaged: 7 bytes, expected 231,508 bytes; delete {blob}, then fetch it again" in detail
+    assert (
+        state == "missing"
+        and f"vocab.txt is damaged: 7 bytes, expected 231,508 bytes; delete {blob}, then fetch it again"
+        in detail
+    )
     blob.unlink()
     ((state, detail),) = found(doctor.examine("toy", **settings), "captioner")
     assert state == "missing" and "lacks vocab.txt (0.2 MB)" in detail and detail.endswith(" vocab.txt")
@@ -160,7 +197,10 @@ def test_a_list_that_names_a_file_which_is_not_there(tmp_path):
     (tmp_path / "captioner" / "tokenizer.json").unlink()
     settings = {part: str(tmp_path / part) for part in ("captioner", "classifier")}
     ((state, detail),) = found(doctor.examine("toy", **settings), "captioner")
-    assert state == "missing" and f"{tmp_path / 'captioner' / 'tokenizer.json'} is missing, expected sha256" in detail
+    assert (
+        state == "missing"
+        and f"{tmp_path / 'captioner' / 'tokenizer.json'} is missing, expected sha256" in detail
+    )
     with pytest.raises(files.CheckpointError, match="tokenizer.json is missing"):
         models.load_captioner(settings["captioner"], device="cpu")
 
@@ -168,7 +208,9 @@ def test_a_list_that_names_a_file_which_is_not_there(tmp_path):
 def test_weights_in_several_files_are_there_if_all_that_the_index_lists_are(profile, tmp_path):
     folder = tmp_path / "captioner"
     shutil.copytree(profile.captioner, folder)
-    models.load_captioner(profile.captioner, device="cpu").model.save_pretrained(folder, max_shard_size="20KB")
+    models.load_captioner(profile.captioner, device="cpu").model.save_pretrained(
+        folder, max_shard_size="20KB"
+    )
     (folder / "model.safetensors").unlink(missing_ok=True)
     models.load_captioner(str(folder), device="cpu")
     assert found(doctor.examine("toy", captioner=str(folder)), "captioner") == [("ok", str(folder))]
@@ -198,12 +240,15 @@ def test_a_damaged_file_is_found_when_digests_are_asked_for(tmp_path):
     assert state == "missing" and "lacks unet/diffusion_pytorch_model.safetensors" in detail
 
 
-@pytest.mark.parametrize("settings, what, words", [
-    ({"captioner": "somebody/captioner"}, "captioner", "hub id without a revision"),
-    ({"classifier": "robustbench:cifar10/Linf/Nobody"}, "classifier", "RobustBench has no 'Nobody'"),
-    ({"diffusion": "./nowhere"}, "diffusion", "no such folder"),
-    ({"classifier": "checkpoints/small/nothing"}, "classifier", "python checkpoints/make.py small"),
-])
+@pytest.mark.parametrize(
+    "settings, what, words",
+    [
+        ({"captioner": "somebody/captioner"}, "captioner", "hub id without a revision"),
+        ({"classifier": "robustbench:cifar10/Linf/Nobody"}, "classifier", "RobustBench has no 'Nobody'"),
+        ({"diffusion": "./nowhere"}, "diffusion", "no such folder"),
+        ({"classifier": "checkpoints/small/nothing"}, "classifier", "python checkpoints/make.py small"),
+    ],
+)
 def test_a_model_that_cannot_be_is_missing_and_said_in_a_sentence(settings, what, words):
     ((state, detail),) = found(doctor.examine("toy", **settings), what)
     assert state == "missing" and words in detail
@@ -213,6 +258,7 @@ def test_data_in_a_folder_have_to_be_as_many_as_the_profile_asks_for(tmp_path):
     import pyarrow
     import pyarrow.parquet
     from PIL import Image
+
     file = io.BytesIO()
     Image.new("RGB", (32, 32)).save(file, "PNG")
     ((state, detail),) = found(doctor.examine("small"), "data")
@@ -222,9 +268,15 @@ def test_data_in_a_folder_have_to_be_as_many_as_the_profile_asks_for(tmp_path):
     table = pyarrow.table({"img": [{"bytes": file.getvalue(), "path": "a.png"}] * 5, "label": [0] * 5})
     pyarrow.parquet.write_table(table, folder / "test-00000-of-00001.parquet")
     ((state, detail),) = found(doctor.examine("small"), "data")
-    assert state == "missing" and "lacks plain_text/train" in detail and f"--local-dir {tmp_path / 'data' / 'cifar10'}" in detail
+    assert (
+        state == "missing"
+        and "lacks plain_text/train" in detail
+        and f"--local-dir {tmp_path / 'data' / 'cifar10'}" in detail
+    )
     pyarrow.parquet.write_table(table, folder / "train-00000-of-00001.parquet")
-    assert found(doctor.examine("small", n_images=5, n_finetune=5), "data") == [("ok", f"cifar10 in {tmp_path / 'data' / 'cifar10'}")]
+    assert found(doctor.examine("small", n_images=5, n_finetune=5), "data") == [
+        ("ok", f"cifar10 in {tmp_path / 'data' / 'cifar10'}")
+    ]
     ((state, detail),) = found(doctor.examine("small", n_images=6, n_finetune=5), "data")
     assert state == "missing" and "it has 5" in detail and "asks for 6 images" in detail
     ((state, detail),) = found(doctor.examine("small", n_images=5, n_finetune=5, deep=True), "data")
@@ -233,22 +285,27 @@ def test_data_in_a_folder_have_to_be_as_many_as_the_profile_asks_for(tmp_path):
 
 # ---------------------------------------------------------------- requests
 
-@pytest.mark.parametrize("argv, words", [
-    (["huge"], "no profile 'huge'; choose from ['authors', 'paper', 'small', 'toy']"),
-    (["toy", "--set", "n_image=8"], "the profile has no such field; there are"),
-    (["toy", "--set", "tables=8"], "the profile has no such field; there are"),
-    (["toy", "--set", "n_images=0"], "n_images=0: expected at least 1"),
-    (["toy", "--set", "dataset=mnist"], "choose from ['cifar10', 'cifar100', 'imagenet', 'toy']"),
-    (["toy", "--set", "eps_255=8/255"], "is not a number, True, False or a word"),
-    (["toy", "--set", "import os; x=1"], "write NAME=VALUE"),
-    (["toy", "--set", "seed=1", "--set", "SEED=1"], "given twice"),
-])
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["huge"], "no profile 'huge'; choose from ['authors', 'paper', 'small', 'toy']"),
+        (["toy", "--set", "n_image=8"], "the profile has no such field; there are"),
+        (["toy", "--set", "tables=8"], "the profile has no such field; there are"),
+        (["toy", "--set", "n_images=0"], "n_images=0: expected at least 1"),
+        (["toy", "--set", "dataset=mnist"], "choose from ['cifar10', 'cifar100', 'imagenet', 'toy']"),
+        (["toy", "--set", "eps_255=8/255"], "is not a number, True, False or a word"),
+        (["toy", "--set", "import os; x=1"], "write NAME=VALUE"),
+        (["toy", "--set", "seed=1", "--set", "SEED=1"], "given twice"),
+    ],
+)
 def test_a_wrong_request_is_refused_with_the_choices(argv, words, capsys):
     status, text = said(argv, capsys)
     assert status == 2 and words in text
 
 
 # ---------------------------------------------------------------- what a run costs
+
 
 @pytest.fixture
 def counted(monkeypatch):
@@ -260,36 +317,57 @@ def counted(monkeypatch):
         return ["a circle"] * len(x)
 
     def forward(self, x, captions, keys=None, trace=None):
-        n, kind = len(keys or x), "with gradient" if x.requires_grad and torch.is_grad_enabled() else "forward only"
+        n, kind = (
+            len(keys or x),
+            "with gradient" if x.requires_grad and torch.is_grad_enabled() else "forward only",
+        )
         counts.update({kind: n, "calls": n * self.denoiser_calls})
-        return x.repeat_interleave(n // len(x), 0) if trace is None else purify(self, x, captions, keys, trace)
+        return (
+            x.repeat_interleave(n // len(x), 0) if trace is None else purify(self, x, captions, keys, trace)
+        )
 
     def autoattack(model, x, y, *, keys, n_queries=0, n_eot=1, record=None, **_):
         for i in range(len(x)) if isinstance(model, attacks.View) else ():
-            ask = attacks.Query(model, keys[[i]], n_eot)
+            ask = autoattack.Query(model, keys[[i]], n_eot)
             for _ in range(n_queries):
-                ask(x[i:i + 1])
+                ask(x[i : i + 1])
         record.broke_at, record.bad_gradients, record.flags = [-1] * len(x), [0] * len(x), [""] * len(x)
         return x
 
     monkeypatch.setattr(models.Captioner, "forward", caption)
     monkeypatch.setattr(LatentPurifier, "forward", forward)
-    monkeypatch.setattr(attacks, "autoattack", autoattack)
+    monkeypatch.setattr(autoattack, "autoattack", autoattack)
     return counts
 
 
 @pytest.fixture
 def tiny(profile, monkeypatch):
     """A profile whose sizes are all different, so that none can stand for another."""
-    sizes = {"n_images": 9, "n_adaptive": 8, "n_eot_images": 2, "n_full": 5, "n_draws": 3, "n_eot": 4, "n_finetune": 11, "n_validation": 6,
-             "batch_size": 8, "n_steps": 2, "num_inference_steps": 10, "finetune_epochs": 1, "finetune_batch": 4}
+    sizes = {
+        "n_images": 9,
+        "n_adaptive": 8,
+        "n_eot_images": 2,
+        "n_full": 5,
+        "n_draws": 3,
+        "n_eot": 4,
+        "n_finetune": 11,
+        "n_validation": 6,
+        "batch_size": 8,
+        "n_steps": 2,
+        "num_inference_steps": 10,
+        "finetune_epochs": 1,
+        "finetune_batch": 4,
+    }
     monkeypatch.setitem(PROFILES, "tiny", replace(profile, tables={4: {"strength": 0.1}}, **sizes))
     return "tiny"
 
 
 def test_the_cost_is_what_the_notebooks_ask_for(tiny, counted, monkeypatch):
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda *_, **__: None)
-    expected = {name: {kind: n for kind, n in asked.items() if kind != "passes"} for name, (_, asked) in doctor.costs(tiny).items()}
+    expected = {
+        name: {kind: n for kind, n in asked.items() if kind != "passes"}
+        for name, (_, asked) in doctor.costs(tiny).items()
+    }
     seen = {}
     for path in NOTEBOOKS:
         counted.clear()
@@ -311,11 +389,21 @@ def run_cells(path, profile):
 
 
 def test_hours_come_from_rows_of_this_device_alone(monkeypatch, tmp_path):
-    monkeypatch.setattr(doctor, "ROOT", tmp_path)
+    monkeypatch.setattr(profiles, "ROOT", tmp_path)
     (tmp_path / "paper").mkdir()
-    row = {"device": doctor.device_name("cpu"), "threads": str(torch.get_num_threads()), "dtype": "bfloat16", "size": "384",
-           "strength": "0.5", "num_inference_steps": "50", "what": "purification (WRN-28-10)", "batch": "1", "n_eot": "1",
-           "seconds_per_image": "60", "command": "bench"}
+    row = {
+        "device": doctor.device_name("cpu"),
+        "threads": str(torch.get_num_threads()),
+        "dtype": "bfloat16",
+        "size": "384",
+        "strength": "0.5",
+        "num_inference_steps": "50",
+        "what": "purification (WRN-28-10)",
+        "batch": "1",
+        "n_eot": "1",
+        "seconds_per_image": "60",
+        "command": "bench",
+    }
     step = row | {"what": "BPDA step (WRN-28-10)", "n_eot": "15", "seconds_per_image": "53"}
 
     def price(*rows, p=PAPER):
@@ -328,14 +416,20 @@ def test_hours_come_from_rows_of_this_device_alone(monkeypatch, tmp_path):
     for other in ({"device": "another"}, {"size": "64"}, {"dtype": "float32"}, {"threads": "99"}):
         assert price(row | other, step)[:2] == (None, None)
     assert price(row)[:2] == (0, 60 / 50)
-    assert price(row, step)[:2] == pytest.approx((7.5, 52.5 / 50))          # 7.5 + 52.5 a purification, 7.5 / 15 + 52.5 a draw
+    assert price(row, step)[:2] == pytest.approx(
+        (7.5, 52.5 / 50)
+    )  # 7.5 + 52.5 a purification, 7.5 / 15 + 52.5 a draw
     assert price(row, step, p=replace(PAPER, strength=0.1))[:2] == price(row, step)[:2]
-    assert price(row, row | {"strength": "0.1", "seconds_per_image": "20"}, p=replace(PAPER, strength=0.1))[:2] == (0, 20 / 10)
+    assert price(row, row | {"strength": "0.1", "seconds_per_image": "20"}, p=replace(PAPER, strength=0.1))[
+        :2
+    ] == (0, 20 / 10)
     assert price(row, p=replace(PAPER, diffusion="/models/sd"))[2] == "not measured on this device"
     assert doctor.seconds(Counter(captions=2, passes=100), price(row, step)) == pytest.approx(15 + 105)
     assert doctor.seconds(Counter(captions=2), price(row)) is None
 
 
 def test_settings_that_leave_a_table_without_a_step_are_refused_before_anything_starts():
-    with pytest.raises(SystemExit, match="strength=0.1 of num_inference_steps=8 gives 0 denoising steps; expected 1 to 7"):
+    with pytest.raises(
+        SystemExit, match="strength=0.1 of num_inference_steps=8 gives 0 denoising steps; expected 1 to 7"
+    ):
         runner.ready("toy", ["07_table4_imagenet"], {"num_inference_steps": 8})

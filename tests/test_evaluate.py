@@ -1,4 +1,5 @@
 """An evaluation ends with the same rows however it was cut, ordered, shared out, broken off or damaged; and the cheap purifiers."""
+
 import contextlib
 import dataclasses
 import io
@@ -19,15 +20,15 @@ import pytest
 import torch
 from PIL import Image
 
-from lgap_utils import baselines, evaluate, report, rows
-from lgap_utils.attacks import NATURAL, Attack
-from lgap_utils.baselines import instead
-from lgap_utils.data import Images
+from lgap_utils import baselines, defense, evaluate, results, rows, tables
+from lgap_utils.baselines import with_purifier
 from lgap_utils.defense import LGAP
 from lgap_utils.evaluate import Evaluation, purified_pixels, purify_rows
 from lgap_utils.files import one_writer, write_whole
 from lgap_utils.identity import identity, named
-from lgap_utils.keyed import Keys, generator, seed_of
+from lgap_utils.images import Images
+from lgap_utils.noise import Keys, generator, seed_of
+from lgap_utils.protocols import NATURAL, Attack
 from lgap_utils.rows import Rows
 
 SHAPE, N_DRAWS, SEED = (3, 4, 4), 3, 5
@@ -68,13 +69,20 @@ def some_images(n=8):
 
 def evaluation(folder, images=None, purifier=None, batch_size=8, config=None, **settings):
     target = LGAP(words, purifier or Noisy(), net)
-    return Evaluation({"LGAP": target, "undefended": instead(target, baselines.nothing())}, some_images() if images is None else images,
-                      folder, config=config or {"weights": "1"}, **{"n_draws": N_DRAWS, "seed": SEED, "batch_size": batch_size} | settings)
+    return Evaluation(
+        {"LGAP": target, "undefended": with_purifier(target, baselines.nothing())},
+        some_images() if images is None else images,
+        folder,
+        config=config or {"weights": "1"},
+        **{"n_draws": N_DRAWS, "seed": SEED, "batch_size": batch_size} | settings,
+    )
 
 
 def same(table, expected):
     """Every column but the time that it took, bit for bit."""
-    pd.testing.assert_frame_equal(table.drop(columns="seconds"), expected.drop(columns="seconds"), check_exact=True)
+    pd.testing.assert_frame_equal(
+        table.drop(columns="seconds"), expected.drop(columns="seconds"), check_exact=True
+    )
     return True
 
 
@@ -110,13 +118,18 @@ class Mine(Attack):
 def test_an_attack_of_ones_own_is_neither_called_nor_resumed_as_pgd(tmp_path):
     run = evaluation(tmp_path)
     table, attack = run.run(Mine("mine")), Mine("mine")
-    assert attack.describe() == "Mine; eps 8/255" and set(table["inside"]) == {True} and set(table["broke_at"]) == {-1}
+    assert (
+        attack.describe() == "Mine; eps 8/255"
+        and set(table["inside"]) == {True}
+        and set(table["broke_at"]) == {-1}
+    )
     assert run.run(Attack("mine"))["n_steps"].eq(40).all() and shards(tmp_path, "mine")
     with pytest.raises(TypeError, match="attack: got <function .*expected an attacks.Attack"):
         run.run(lambda x, y: x)
 
 
 # ---------------------------------------------------------------- parts that work in place, and attacks that give no images
+
 
 class InPlace(Attack):
     settings = lambda self: {"name": self.name}
@@ -133,13 +146,19 @@ def test_an_attack_that_works_in_place_is_measured_from_the_image_as_it_was(tmp_
     assert table.drop_duplicates("index")["label"].tolist() == some_images().labels.tolist()
 
 
-@pytest.mark.parametrize("answer, says", [(lambda x: None, "it gave NoneType, expected a tensor of images"),
-                                          (lambda x: x[:1], r"it gave \[1, 3, 4, 4\], expected a tensor of images \[8, 3, 4, 4\]"),
-                                          (lambda x: x / 0, "its image 10 holds NaN or inf")])
+@pytest.mark.parametrize(
+    "answer, says",
+    [
+        (lambda x: None, "it gave NoneType, expected a tensor of images"),
+        (lambda x: x[:1], r"it gave \[1, 3, 4, 4\], expected a tensor of images \[8, 3, 4, 4\]"),
+        (lambda x: x / 0, "its image 10 holds NaN or inf"),
+    ],
+)
 def test_an_attack_that_gives_no_images_is_named(tmp_path, answer, says):
     class Wrong(Attack):
         def __call__(self, defense, x, y, keys, **_):
             return answer(x)
+
     with pytest.raises((TypeError, ValueError), match=f"attack 'wrong': {says}"):
         evaluation(tmp_path).run(Wrong("wrong"))
 
@@ -147,8 +166,12 @@ def test_an_attack_that_gives_no_images_is_named(tmp_path, answer, says):
 @pytest.mark.filterwarnings("ignore:classifier. its outputs look like softmax")
 def test_rows_of_a_classifier_that_answers_with_probabilities_are_flagged(tmp_path):
     soft = named(lambda x: net(x).softmax(1), "softmax")
-    run = Evaluation({"soft": LGAP(words, baselines.nothing(), soft), "plain": LGAP(words, baselines.nothing(), net)},
-                     some_images(), tmp_path, config={})
+    run = Evaluation(
+        {"soft": LGAP(words, baselines.nothing(), soft), "plain": LGAP(words, baselines.nothing(), net)},
+        some_images(),
+        tmp_path,
+        config={},
+    )
     flags = run.run(ATTACK).groupby("defence")["flags"].unique()
     assert list(flags["soft"]) == [evaluate.SOFTMAX] and list(flags["plain"]) == [""]
 
@@ -159,7 +182,9 @@ def test_a_number_of_draws_that_is_none_is_refused(tmp_path, n_draws):
         evaluation(tmp_path, n_draws=n_draws)
 
 
-@pytest.mark.parametrize("names, apart", [(("атака", "攻撃"), True), (("", "?"), True), (("A b", "A  b"), False)])
+@pytest.mark.parametrize(
+    "names, apart", [(("атака", "攻撃"), True), (("", "?"), True), (("A b", "A  b"), False)]
+)
 def test_attacks_are_told_apart_whatever_their_names_are_written_in(names, apart):
     first, second = map(evaluate.slug, names)
     assert first and second and re.fullmatch("[a-z0-9-]+", first + second) and (first != second) == apart
@@ -168,31 +193,54 @@ def test_attacks_are_told_apart_whatever_their_names_are_written_in(names, apart
 
 # ---------------------------------------------------------------- what a row says
 
+
 def test_there_is_a_row_for_each_image_defence_and_draw_and_it_says_what_happened(unbroken):
     images, table, defense = some_images(), unbroken[1], LGAP(words, Noisy(), net)
     x, y, indices = images.x, images.labels, images.indices.tolist()
     assert table[["index", "defence", "draw"]].values.tolist() == [
-        row for i in indices for row in ([i, "LGAP", 0], [i, "LGAP", 1], [i, "LGAP", 2], [i, "undefended", 0])]
+        row for i in indices for row in ([i, "LGAP", 0], [i, "LGAP", 1], [i, "LGAP", 2], [i, "undefended", 0])
+    ]
     adv = ATTACK(defense, x, y, Keys(indices, SEED, "attack"))
     for i, index in enumerate(indices):
         mine = table[table["index"] == index]
-        for column, image in (("clean", x[i:i + 1]), ("adversarial", adv[i:i + 1])):
-            answers = defense(image, keys=Keys([index], SEED).at([0], N_DRAWS)).argmax(1).tolist() + net(image).argmax(1).tolist()
+        for column, image in (("clean", x[i : i + 1]), ("adversarial", adv[i : i + 1])):
+            answers = (
+                defense(image, keys=Keys([index], SEED).at([0], N_DRAWS)).argmax(1).tolist()
+                + net(image).argmax(1).tolist()
+            )
             assert mine[column].tolist() == answers
-            assert mine["caption" if column == "adversarial" else "caption_clean"].tolist() == words(image) * 3 + [""]
-        assert set(mine["label"]) == {int(y[i])} and set(mine["inside"]) == {True} and (mine["seconds"] > 0).all()
+            assert mine["caption" if column == "adversarial" else "caption_clean"].tolist() == words(
+                image
+            ) * 3 + [""]
+        assert (
+            set(mine["label"]) == {int(y[i])}
+            and set(mine["inside"]) == {True}
+            and (mine["seconds"] > 0).all()
+        )
         assert np.allclose(mine["linf"], (adv[i] - x[i]).abs().max(), atol=1e-7)
     assert (table["adversarial"] != table["clean"]).any() and table["clean"].nunique() > 2
-    constant = {"attack": ATTACK.name, "eps_255": 16, "n_steps": 3, "n_eot": 2, "success": "last iterate", "flags": "", "bad_gradients": 0}
-    assert {name: set(table[name]) for name in constant} == {name: {value} for name, value in constant.items()}
+    constant = {
+        "attack": ATTACK.name,
+        "eps_255": 16,
+        "n_steps": 3,
+        "n_eot": 2,
+        "success": "last iterate",
+        "flags": "",
+        "bad_gradients": 0,
+    }
+    assert {name: set(table[name]) for name in constant} == {
+        name: {value} for name, value in constant.items()
+    }
 
 
 def test_the_clean_columns_are_those_of_the_natural_run(unbroken, copied):
     purifier = Noisy()
     natural = evaluation(copied, purifier=purifier).run(NATURAL)
-    assert not purifier.keys                                        # it was run already, as part of the attack's run
+    assert not purifier.keys  # it was run already, as part of the attack's run
     assert natural["adversarial"].tolist() == natural["clean"].tolist() == unbroken[1]["clean"].tolist()
-    assert natural["caption"].tolist() == unbroken[1]["caption_clean"].tolist() and set(natural["linf"]) == {0}
+    assert natural["caption"].tolist() == unbroken[1]["caption_clean"].tolist() and set(natural["linf"]) == {
+        0
+    }
 
 
 class Cheat(Attack):
@@ -202,7 +250,11 @@ class Cheat(Attack):
 
 def test_an_attack_that_leaves_the_ball_is_marked_and_one_that_reports_nothing_is_no_error(tmp_path):
     table = evaluation(tmp_path).run(Cheat(**dataclasses.asdict(ATTACK)))
-    assert not table["inside"].any() and (table["linf"] > 16 / 255 + 1e-6).all() and set(table["broke_at"]) == {-1}
+    assert (
+        not table["inside"].any()
+        and (table["linf"] > 16 / 255 + 1e-6).all()
+        and set(table["broke_at"]) == {-1}
+    )
 
 
 def test_the_plan_counts_what_will_be_purified(tmp_path):
@@ -214,10 +266,11 @@ def test_the_plan_counts_what_will_be_purified(tmp_path):
     mine.run(NATURAL)
     purifier.keys.clear()
     mine.run(ATTACK)
-    assert len(purifier.keys) == 8 * (3 * 2 + N_DRAWS) + 2 + 8     # two and eight to see how long it will take
+    assert len(purifier.keys) == 8 * (3 * 2 + N_DRAWS) + 2 + 8  # two and eight to see how long it will take
 
 
 # ---------------------------------------------------------------- however it is cut
+
 
 def test_running_out_of_memory_changes_no_row(unbroken, tmp_path):
     class Small(Noisy):
@@ -227,6 +280,7 @@ def test_running_out_of_memory_changes_no_row(unbroken, tmp_path):
             if len(keys) > 2:
                 raise torch.OutOfMemoryError("CUDA out of memory.")
             return super().__call__(x, captions, keys)
+
     run = evaluation(tmp_path, purifier=Small(), batch_size=8)
     assert run.room.size == 8
     small = run.run(ATTACK)
@@ -246,18 +300,24 @@ def test_a_block_is_attacked_as_a_whole_or_not_at_all(quick, tmp_path):
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
-@pytest.mark.parametrize("order", [[0, 1, 2, 3, 4, 5, 6, 7], [5, 2, 7, 0, 1, 6, 3, 4]], ids=["in order", "shuffled"])
+@pytest.mark.parametrize(
+    "order", [[0, 1, 2, 3, 4, 5, 6, 7], [5, 2, 7, 0, 1, 6, 3, 4]], ids=["in order", "shuffled"]
+)
 def test_batch_size_and_order_change_no_row(unbroken, tmp_path, batch_size, order):
     assert same(evaluation(tmp_path, some_images()[order], batch_size=batch_size).run(ATTACK), unbroken[1])
 
 
-@pytest.mark.parametrize("parts", [([10, 13, 16], [19, 22, 25, 28, 31]), ([31, 10], [22, 25], [13, 28, 16, 19])])
+@pytest.mark.parametrize(
+    "parts", [([10, 13, 16], [19, 22, 25, 28, 31]), ([31, 10], [22, 25], [13, 28, 16, 19])]
+)
 @pytest.mark.parametrize("apart", [False, True], ids=["one folder", "folders copied together"])
 def test_whoever_runs_which_images_changes_no_row(unbroken, tmp_path, parts, apart):
     for k, part in enumerate(parts):
         table = evaluation(tmp_path / str(k * apart)).run(ATTACK, part)
         assert same(table, unbroken[1][unbroken[1]["index"].isin(part)].reset_index(drop=True))
-        shutil.copytree(tmp_path / str(k * apart), tmp_path / "0", dirs_exist_ok=True) if apart and k else None
+        shutil.copytree(
+            tmp_path / str(k * apart), tmp_path / "0", dirs_exist_ok=True
+        ) if apart and k else None
     purifier = Noisy()
     assert same(evaluation(tmp_path / "0", purifier=purifier).run(ATTACK), unbroken[1]) and not purifier.keys
 
@@ -270,8 +330,14 @@ def test_resuming_does_what_is_missing_and_nothing_else(unbroken, copied):
     assert attacked(purifier) == {16, 19} and len(shards(unbroken[0])) == 4
 
 
-@pytest.mark.parametrize("indices, says", [([10, 11], "indices: 11 is not among the 8 images at hand"), ([10, 13, 10], "indices: .*twice"),
-                                           ([], "indices: no image")])
+@pytest.mark.parametrize(
+    "indices, says",
+    [
+        ([10, 11], "indices: 11 is not among the 8 images at hand"),
+        ([10, 13, 10], "indices: .*twice"),
+        ([], "indices: no image"),
+    ],
+)
 def test_images_that_are_not_at_hand_or_named_twice_are_refused(tmp_path, indices, says):
     with pytest.raises(ValueError, match=says):
         evaluation(tmp_path).run(ATTACK, indices)
@@ -280,6 +346,7 @@ def test_images_that_are_not_at_hand_or_named_twice_are_refused(tmp_path, indice
 
 # ---------------------------------------------------------------- whose rows they are
 
+
 class Sharp(Noisy):
     """Another purifier whose settings are the same."""
 
@@ -287,12 +354,16 @@ class Sharp(Noisy):
         return super().settings()
 
 
-@pytest.mark.parametrize("changed, says", [
-    ({"seed": 6}, "seed: there 5, here 6"), ({"n_draws": 2}, "n_draws: there 3, here 2"),
-    ({"config": {"weights": "2"}}, "weights: there '1', here '2'"),
-    ({"purifier": Noisy(0.2)}, "defences.LGAP.purifier.is.strength: there 0.1, here 0.2"),
-    ({"purifier": Sharp()}, "defences.LGAP.purifier.is.class: there 'Noisy', here 'Sharp'"),
-])
+@pytest.mark.parametrize(
+    "changed, says",
+    [
+        ({"seed": 6}, "seed: there 5, here 6"),
+        ({"n_draws": 2}, "n_draws: there 3, here 2"),
+        ({"config": {"weights": "2"}}, "weights: there '1', here '2'"),
+        ({"purifier": Noisy(0.2)}, "defences.LGAP.purifier.is.strength: there 0.1, here 0.2"),
+        ({"purifier": Sharp()}, "defences.LGAP.purifier.is.class: there 'Noisy', here 'Sharp'"),
+    ],
+)
 def test_rows_of_another_configuration_are_refused_and_the_difference_is_named(copied, changed, says):
     before = {path: path.read_bytes() for path in copied.rglob("*.*")}
     with pytest.raises(ValueError, match=rf"another configuration \({re.escape(says)}\).*move or delete it"):
@@ -305,17 +376,33 @@ def test_rows_of_another_attack_target_or_method_are_refused(copied, monkeypatch
         evaluation(copied).run(dataclasses.replace(ATTACK, eps_255=8))
     other = evaluation(copied)
     with pytest.raises(ValueError, match="target: there 'LGAP', here 'undefended'"):
-        Evaluation(dict(reversed(other.defenses.items())), other.images, copied, config={"weights": "1"}, n_draws=3, seed=5).run(ATTACK)
-    monkeypatch.setattr(evaluate, "METHOD", 2)
+        Evaluation(
+            dict(reversed(other.defenses.items())),
+            other.images,
+            copied,
+            config={"weights": "1"},
+            n_draws=3,
+            seed=5,
+        ).run(ATTACK)
+    monkeypatch.setattr(defense, "METHOD", 2)
     with pytest.raises(ValueError, match="method: there 3, here 2"):
         evaluation(copied).run(ATTACK)
 
 
 def test_another_classifier_or_another_image_of_the_same_index_is_refused(copied):
-    mine, other = evaluation(copied), named(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 10)), "linear")
+    mine, other = (
+        evaluation(copied),
+        named(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 10)), "linear"),
+    )
     with pytest.raises(ValueError, match="defences.LGAP.classifier.is.name: there 'sums', here 'linear'"):
-        Evaluation({name: LGAP(words, d.purifier, other) for name, d in mine.defenses.items()}, mine.images, copied,
-                   config={"weights": "1"}, n_draws=N_DRAWS, seed=SEED).run(ATTACK)
+        Evaluation(
+            {name: LGAP(words, d.purifier, other) for name, d in mine.defenses.items()},
+            mine.images,
+            copied,
+            config={"weights": "1"},
+            n_draws=N_DRAWS,
+            seed=SEED,
+        ).run(ATTACK)
     changed = dataclasses.replace(mine.images, pixels=mine.images.pixels.clone())
     changed.pixels[2, 0, 0, 0] ^= 1
     held = sorted(copied.rglob("*.parquet"))
@@ -326,7 +413,11 @@ def test_another_classifier_or_another_image_of_the_same_index_is_refused(copied
 
 def test_a_number_may_be_written_in_two_ways(unbroken, copied):
     purifier = Noisy()
-    assert evaluation(copied, purifier=purifier).run(dataclasses.replace(ATTACK, eps_255=16.0))["label"].equals(unbroken[1]["label"])
+    assert (
+        evaluation(copied, purifier=purifier)
+        .run(dataclasses.replace(ATTACK, eps_255=16.0))["label"]
+        .equals(unbroken[1]["label"])
+    )
     assert not purifier.keys and not list(copied.rglob("*.foreign"))
 
 
@@ -338,6 +429,7 @@ def test_a_configuration_that_cannot_be_read_is_nobodys(copied):
 
 
 # ---------------------------------------------------------------- damaged shards
+
 
 def cut(shard, folder):
     shard.write_bytes(shard.read_bytes()[:-9])
@@ -376,9 +468,22 @@ def columns_of_its_own(shard, folder):
     pd.DataFrame({"index": [1]}).to_parquet(shard)
 
 
-@pytest.mark.parametrize("harm, kind", [(cut, "broken"), (empty, "broken"), (page, "broken"), (flip, "broken"), (rename_a_column, "broken"),
-                                        (columns_of_its_own, "broken"), (foreign, "foreign"), (other_attack, "foreign")])
-def test_a_damaged_or_foreign_shard_is_set_aside_with_a_word_and_its_images_run_again(unbroken, copied, tmp_path, capsys, harm, kind):
+@pytest.mark.parametrize(
+    "harm, kind",
+    [
+        (cut, "broken"),
+        (empty, "broken"),
+        (page, "broken"),
+        (flip, "broken"),
+        (rename_a_column, "broken"),
+        (columns_of_its_own, "broken"),
+        (foreign, "foreign"),
+        (other_attack, "foreign"),
+    ],
+)
+def test_a_damaged_or_foreign_shard_is_set_aside_with_a_word_and_its_images_run_again(
+    unbroken, copied, tmp_path, capsys, harm, kind
+):
     shard = shards(copied)[1]
     harm(shard, tmp_path)
     damaged, purifier = shard.read_bytes(), Noisy()
@@ -419,8 +524,11 @@ def test_no_flipped_bit_changes_a_row_unseen(copied, capsys):
 
 # ---------------------------------------------------------------- a disk that is full, a process that is killed
 
+
 @pytest.mark.parametrize("failing", ["builtins.open", "os.fsync", "os.replace"])
-def test_a_full_disk_ends_in_a_sentence_and_leaves_earlier_shards_whole(unbroken, tmp_path, monkeypatch, failing):
+def test_a_full_disk_ends_in_a_sentence_and_leaves_earlier_shards_whole(
+    unbroken, tmp_path, monkeypatch, failing
+):
     module, name = failing.split(".")
     calls, real = [], getattr(sys.modules[module], name)
 
@@ -433,7 +541,10 @@ def test_a_full_disk_ends_in_a_sentence_and_leaves_earlier_shards_whole(unbroken
 
     with monkeypatch.context() as patched:
         patched.setattr(sys.modules[module], name, full)
-        with pytest.raises(OSError, match=r"parquet could not be written \(No space left on device\); what lay there before is untouched"):
+        with pytest.raises(
+            OSError,
+            match=r"parquet could not be written \(No space left on device\); what lay there before is untouched",
+        ):
             evaluation(tmp_path, batch_size=2).run(ATTACK)
     kept = {index for shard in shards(tmp_path) for index in pd.read_parquet(shard)["index"]}
     assert kept and not list(tmp_path.rglob("*.part"))
@@ -467,7 +578,9 @@ def run_until(folder, line=None, indices=None):
         return trace
 
     if line:
-        evaluate.tqdm.set_lock(threading.RLock())       # tqdm's own outlives a killed process, and Python complains
+        evaluate.tqdm.set_lock(
+            threading.RLock()
+        )  # tqdm's own outlives a killed process, and Python complains
     with contextlib.redirect_stdout(io.StringIO()):
         sys.settrace(trace)
         try:
@@ -477,11 +590,13 @@ def run_until(folder, line=None, indices=None):
     return ran[0]
 
 
-def results(table, folder):
+def results_of(table, folder):
     """results.json of a run, but for times."""
-    rows = report.entries(table.assign(seconds=0.0), ATTACK, {name: (name, "") for name in table["defence"].unique()})
+    rows = tables.table_rows(
+        table.assign(seconds=0.0), ATTACK, {name: (name, "") for name in table["defence"].unique()}
+    )
     toy = SimpleNamespace(dataset="toy", same_models=False), SimpleNamespace(official=False, source="")
-    report.write_results(folder, 3, rows, *toy, {})
+    results.write_results(folder, 3, rows, *toy, {})
     return (folder / "results.json").read_bytes()
 
 
@@ -489,7 +604,9 @@ def test_killed_at_twenty_random_moments_and_resumed_it_ends_with_the_same_resul
     """Moments are counted in lines that ran, not in seconds, so that they are the same on any machine."""
     context, pick, killed, finished = multiprocessing.get_context("forkserver"), random.Random(0), 0, 0
     half = run_until(tmp_path / "unbroken") // 2
-    context.set_forkserver_preload(["lgap_utils.evaluate", "pyarrow.parquet", "pytest"])        # else each process imports torch anew
+    context.set_forkserver_preload(
+        ["lgap_utils.evaluate", "pyarrow.parquet", "pytest"]
+    )  # else each process imports torch anew
     while killed < 20:
         process = context.Process(target=run_until, args=(tmp_path / str(finished), pick.randint(1, half)))
         process.start()
@@ -500,12 +617,15 @@ def test_killed_at_twenty_random_moments_and_resumed_it_ends_with_the_same_resul
     for run in range(finished + 1):
         purifier = Noisy()
         table = evaluation(tmp_path / str(run), purifier=purifier).run(ATTACK)
-        assert same(table, unbroken[1]) and results(table, tmp_path / str(run)) == results(unbroken[1], tmp_path)
+        assert same(table, unbroken[1]) and results_of(table, tmp_path / str(run)) == results_of(
+            unbroken[1], tmp_path
+        )
         assert run == finished or not purifier.keys
-    assert finished or 0 < len(attacked(purifier)) < 8              # the last was killed on its way, and not at its start
+    assert finished or 0 < len(attacked(purifier)) < 8  # the last was killed on its way, and not at its start
 
 
 # ---------------------------------------------------------------- two at once in one folder
+
 
 def one_of_two(folder, line, indices):
     """As `run_until`, about some of the images."""
@@ -520,7 +640,10 @@ def test_two_evaluations_in_one_folder_killed_forty_times_end_with_the_same_resu
     folder, some, rest = tmp_path / "0", [10, 13, 16, 19, 22], [16, 19, 22, 25, 28, 31]
     while killed < 40:
         pairs = pick.choice([(None, None), (some, rest), (some, None)])
-        two = [context.Process(target=one_of_two, args=(folder, pick.randint(1, half), indices)) for indices in pairs]
+        two = [
+            context.Process(target=one_of_two, args=(folder, pick.randint(1, half), indices))
+            for indices in pairs
+        ]
         for process in two:
             process.start()
         for process in two:
@@ -528,24 +651,31 @@ def test_two_evaluations_in_one_folder_killed_forty_times_end_with_the_same_resu
             assert process.exitcode in (-signal.SIGKILL, 0)
             killed += process.exitcode != 0
         if not any(process.exitcode for process in two):
-            assert same(evaluation(folder).run(ATTACK, some), unbroken[1][unbroken[1]["index"].isin(some)].reset_index(drop=True))
+            assert same(
+                evaluation(folder).run(ATTACK, some),
+                unbroken[1][unbroken[1]["index"].isin(some)].reset_index(drop=True),
+            )
             folder = tmp_path / str(killed + 1)
     assert same(evaluation(folder).run(ATTACK), unbroken[1])
     assert not [*tmp_path.rglob("*.broken"), *tmp_path.rglob("*.foreign")]
 
 
-def test_a_folder_that_another_writes_into_is_waited_for_and_nothing_is_done_twice(unbroken, tmp_path, capsys):
+def test_a_folder_that_another_writes_into_is_waited_for_and_nothing_is_done_twice(
+    unbroken, tmp_path, capsys
+):
     first = Noisy()
     with one_writer(tmp_path / "bpda-3-2-draws"):
         second, found = Noisy(), []
-        thread = threading.Thread(target=lambda: found.append(evaluation(tmp_path, purifier=second).run(ATTACK)))
+        thread = threading.Thread(
+            target=lambda: found.append(evaluation(tmp_path, purifier=second).run(ATTACK))
+        )
         thread.start()
         said = ""
         while "another process writes into" not in said:
             assert thread.is_alive(), said
             time.sleep(0.01)
             said += capsys.readouterr().out
-        assert same(evaluation(tmp_path, purifier=first).run(ATTACK), unbroken[1])      # the holder may go on
+        assert same(evaluation(tmp_path, purifier=first).run(ATTACK), unbroken[1])  # the holder may go on
     thread.join()
     assert same(found[0], unbroken[1]) and len(attacked(first)) == 8 and not attacked(second)
 
@@ -558,17 +688,22 @@ def test_shards_that_overlap_are_each_used_for_what_is_missing_elsewhere(unbroke
     evaluation(tmp_path / "most", batch_size=3).run(ATTACK, indices[1:])
     shutil.copytree(tmp_path / "most", tmp_path / "some", dirs_exist_ok=True)
     purifier = Noisy()
-    assert same(evaluation(tmp_path / "some", purifier=purifier).run(ATTACK), unbroken[1]) and not attacked(purifier)
+    assert same(evaluation(tmp_path / "some", purifier=purifier).run(ATTACK), unbroken[1]) and not attacked(
+        purifier
+    )
 
 
-def test_rows_that_vanish_while_they_are_read_are_an_error_and_no_smaller_table(unbroken, copied, monkeypatch):
+def test_rows_that_vanish_while_they_are_read_are_an_error_and_no_smaller_table(
+    unbroken, copied, monkeypatch
+):
     read, calls = Rows.read, []
 
     def robbed(self):
         calls.append(self)
-        if len(calls) == 4:                             # natural; the attack's; again, as its only writer; when all is done
+        if len(calls) == 4:  # natural; the attack's; again, as its only writer; when all is done
             shards(copied)[0].unlink()
         return read(self)
+
     shards(copied)[1].unlink()
     monkeypatch.setattr(Rows, "read", robbed)
     with pytest.raises(RuntimeError, match="image 10 has 0 rows of 4, and 1 more images lack some"):
@@ -576,6 +711,7 @@ def test_rows_that_vanish_while_they_are_read_are_an_error_and_no_smaller_table(
 
 
 # ---------------------------------------------------------------- purified images, kept
+
 
 def test_purified_images_are_kept_and_taken_up_again(tmp_path):
     images, purifier = some_images(), Noisy()
@@ -587,18 +723,30 @@ def test_purified_images_are_kept_and_taken_up_again(tmp_path):
     assert same(purify_rows(defense, images, tmp_path / "whole", config={}, seed=SEED), table)
     purified = Noisy()(images.x, None, Keys(images.indices, SEED))
     assert torch.equal(purified_pixels(table, SHAPE), (purified.clamp(0, 1) * 255).round().to(torch.uint8))
-    assert table["prediction"].tolist() == net(purified).argmax(1).tolist() and table["undefended"].tolist() == images.labels.tolist()
+    assert (
+        table["prediction"].tolist() == net(purified).argmax(1).tolist()
+        and table["undefended"].tolist() == images.labels.tolist()
+    )
     with pytest.raises(ValueError, match="image 10 is not the one at hand.*rows of other images"):
-        purify_rows(defense, dataclasses.replace(images, pixels=255 - images.pixels), tmp_path, config={}, seed=SEED)
-    with pytest.raises(ValueError, match=f"image 10 was run with the label {images.labels[0]}, and has {9 - images.labels[0]} now"):
-        purify_rows(defense, dataclasses.replace(images, labels=9 - images.labels), tmp_path, config={}, seed=SEED)
+        purify_rows(
+            defense, dataclasses.replace(images, pixels=255 - images.pixels), tmp_path, config={}, seed=SEED
+        )
+    with pytest.raises(
+        ValueError,
+        match=f"image 10 was run with the label {images.labels[0]}, and has {9 - images.labels[0]} now",
+    ):
+        purify_rows(
+            defense, dataclasses.replace(images, labels=9 - images.labels), tmp_path, config={}, seed=SEED
+        )
     with pytest.raises(ValueError, match="seed: there 5, here 6"):
         purify_rows(defense, images, tmp_path, config={}, seed=6)
     with pytest.raises(ValueError, match="defence.purifier.is.strength: there 0.1, here 0.3"):
         purify_rows(LGAP(words, Noisy(0.3), net), images, tmp_path, config={}, seed=SEED)
     with pytest.raises(ValueError, match=r"x: got shape \[2, 3, 4, 4\] for images of shape \[8, 3, 4, 4\]"):
         purify_rows(defense, images, tmp_path, config={"attack": {"eps": 1}}, x=images.x[:2])
-    with pytest.raises(ValueError, match="x: whose images these are cannot be told from their rows; say it, as in attack="):
+    with pytest.raises(
+        ValueError, match="x: whose images these are cannot be told from their rows; say it, as in attack="
+    ):
         purify_rows(defense, images, tmp_path, config={}, x=images.x)
 
 
@@ -607,13 +755,19 @@ def test_purified_images_of_two_at_once_or_of_overlapping_shards_are_each_there_
     defense = LGAP(words, purifier, net)
     whole = purify_rows(defense, images, tmp_path / "whole", config={}, seed=SEED)
     purifier.keys.clear()
-    threads = [threading.Thread(target=purify_rows, args=(defense, images[part], tmp_path / "rows"),
-                                kwargs={"config": {}, "seed": SEED, "batch_size": 2}) for part in (slice(0, 5), slice(3, 8))]
+    threads = [
+        threading.Thread(
+            target=purify_rows,
+            args=(defense, images[part], tmp_path / "rows"),
+            kwargs={"config": {}, "seed": SEED, "batch_size": 2},
+        )
+        for part in (slice(0, 5), slice(3, 8))
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert sorted(key[1] for key in purifier.keys) == images.indices.tolist()          # none was purified twice
+    assert sorted(key[1] for key in purifier.keys) == images.indices.tolist()  # none was purified twice
     purify_rows(defense, images[:3], tmp_path / "other", config={}, seed=SEED, batch_size=3)
     shutil.copytree(tmp_path / "other", tmp_path / "rows", dirs_exist_ok=True)
     assert same(purify_rows(defense, images, tmp_path / "rows", config={}, seed=SEED), whole)
@@ -621,28 +775,40 @@ def test_purified_images_of_two_at_once_or_of_overlapping_shards_are_each_there_
 
 # ---------------------------------------------------------------- cheap purifiers
 
-BASELINES = {"nothing": lambda p: baselines.nothing(), "resized": lambda p: baselines.resized(16), "blur": lambda p: baselines.blur(2),
-             "jpeg": lambda p: baselines.jpeg(50), "vae_round_trip": baselines.vae_round_trip, "without_caption": baselines.without_caption}
+BASELINES = {
+    "nothing": lambda p: baselines.nothing(),
+    "resized": lambda p: baselines.resized(16),
+    "blur": lambda p: baselines.blur(2),
+    "jpeg": lambda p: baselines.jpeg(50),
+    "vae_round_trip": baselines.vae_round_trip,
+    "without_caption": baselines.without_caption,
+}
 
 
 @pytest.mark.parametrize("vae_sample", [True, False], ids=["sample", "mode"])
 @pytest.mark.parametrize("name", BASELINES)
-def test_a_cheap_purifier_gives_an_image_for_an_image_and_says_whether_it_draws(defense, purifier, images, name, vae_sample):
+def test_a_cheap_purifier_gives_an_image_for_an_image_and_says_whether_it_draws(
+    defense, purifier, images, name, vae_sample
+):
     x, keys = torch.cat([images.x[:2, :, 4:28], torch.ones(1, 3, 24, 32)]), Keys(range(3))
     with torch.no_grad(), purifier.using(num_inference_steps=50, strength=0.04, vae_sample=vae_sample):
         cheap = BASELINES[name](purifier)
-        out = instead(defense, cheap).purify(x, keys=keys)
+        out = with_purifier(defense, cheap).purify(x, keys=keys)
         assert out.shape == x.shape and out.min() >= 0 and out.max() <= 1
         assert torch.equal(out, x) == (name == "nothing") and len(set(cheap.settings()) & {"purifier"}) == 1
         others = cheap(x, ["a ring"] * 3, Keys(range(3), seed=1))
         assert torch.equal(others, out) == (not cheap.random) and cheap.random == (
-            {"vae_round_trip": vae_sample, "without_caption": True}.get(name, False))
-        alone = torch.cat([cheap(x[i:i + 1], [""], keys[i:i + 1]) for i in range(3)])
+            {"vae_round_trip": vae_sample, "without_caption": True}.get(name, False)
+        )
+        alone = torch.cat([cheap(x[i : i + 1], [""], keys[i : i + 1]) for i in range(3)])
         assert torch.allclose(alone, out, rtol=0, atol=1e-5)
 
 
 def test_two_cheap_purifiers_never_share_a_configuration(purifier):
-    told = [make(purifier).settings() for make in BASELINES.values()] + [purifier.settings(), baselines.blur(1).settings()]
+    told = [make(purifier).settings() for make in BASELINES.values()] + [
+        purifier.settings(),
+        baselines.blur(1).settings(),
+    ]
     assert all(told.count(one) == 1 for one in told)
 
 
@@ -650,7 +816,9 @@ def test_jpeg_is_that_of_pil(images):
     file = io.BytesIO()
     Image.fromarray(images.pixels[0].permute(1, 2, 0).numpy()).save(file, "JPEG", quality=40)
     expected = torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1) / 255
-    between = (images.pixels[:2] - 0.4).clamp(0) / 255             # pixels that are not on the grid go to the nearest that is
+    between = (images.pixels[:2] - 0.4).clamp(
+        0
+    ) / 255  # pixels that are not on the grid go to the nearest that is
     for x in (images.x[:2], between):
         assert torch.equal(baselines.jpeg(40)(x, None, None)[0], expected)
 
@@ -658,7 +826,7 @@ def test_jpeg_is_that_of_pil(images):
 def test_blur_is_a_gaussian_and_the_resize_takes_the_size_it_is_given():
     x = torch.zeros(1, 3, 15, 15)
     x[..., 7, 7] = 1
-    weight = torch.exp(-torch.arange(-3, 4) ** 2 / 2)
+    weight = torch.exp(-(torch.arange(-3, 4) ** 2) / 2)
     expected = torch.outer(weight, weight) / weight.sum() ** 2
     assert torch.allclose(baselines.blur(1)(x, None, None)[0, 0, 4:11, 4:11], expected, atol=1e-6)
     x = torch.arange(64.0).view(1, 1, 8, 8).expand(1, 3, 8, 8) / 64
@@ -669,7 +837,9 @@ def test_blur_is_a_gaussian_and_the_resize_takes_the_size_it_is_given():
 @pytest.mark.parametrize("name", ["blur", "resized"])
 def test_a_saturated_image_keeps_its_gradient(name, value):
     x, grey = (torch.full((1, 3, 32, 32), v, requires_grad=True) for v in (value, 0.5))
-    slope, plain = (torch.autograd.grad(BASELINES[name](None)(image, None, None).sum(), image)[0] for image in (x, grey))
+    slope, plain = (
+        torch.autograd.grad(BASELINES[name](None)(image, None, None).sum(), image)[0] for image in (x, grey)
+    )
     assert torch.allclose(slope, plain, rtol=0, atol=1e-5) and plain.min() > 0
 
 
@@ -688,14 +858,18 @@ def test_without_a_caption_it_is_the_same_diffusion_with_an_empty_one_and_no_gui
 
 
 def test_beside_stand_all_of_them_with_the_defence_first(defense, images):
-    defenses = baselines.beside(defense, 32)
+    defenses = baselines.with_baselines(defense, 32)
     told = [identity(other.purifier)["is"] for other in defenses.values()]
-    assert next(iter(defenses.values())) is defense and all(told.count(one) == 1 for one in told) and len(told) == len(BASELINES) + 1
+    assert (
+        next(iter(defenses.values())) is defense
+        and all(told.count(one) == 1 for one in told)
+        and len(told) == len(BASELINES) + 1
+    )
     assert all(other.classifier is defense.classifier for other in defenses.values())
 
 
 def test_another_purifier_stands_before_the_same_classifier_and_captions_nothing(defense, images):
-    other = instead(defense, baselines.nothing())
+    other = with_purifier(defense, baselines.nothing())
     assert other.caption(images.x[:3]) == [""] * 3 and other.classes == defense.classes
     with torch.no_grad():
         assert torch.equal(other(images.x[:3]), defense.classify(images.x[:3]))

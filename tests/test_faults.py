@@ -1,4 +1,5 @@
 """Full and read-only disks, file systems without locks, signals, and a checkout that a run leaves as it was."""
+
 import errno
 import fcntl
 import os
@@ -16,10 +17,10 @@ import pandas as pd
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
-from lgap_utils import files, report
-from lgap_utils.evaluate import Rows
+from lgap_utils import figures, files, tables
 from lgap_utils.files import one_writer
 from lgap_utils.profiles import ROOT
+from lgap_utils.rows import Rows
 
 # ---------------------------------------------------------------- one writer a folder
 
@@ -43,9 +44,10 @@ def refused(folder):
 
 def test_a_folder_has_one_writer_and_who_waits_says_so(tmp_path, capsys):
     folder = tmp_path / "new" / "rows"
-    with one_writer(folder), one_writer(folder):            # the same thread may ask again
-        assert refused(folder) == (f"another process writes into {folder}; wait for it, "
-                                   "or choose another folder with LGAP_OUTPUTS")
+    with one_writer(folder), one_writer(folder):  # the same thread may ask again
+        assert refused(folder) == (
+            f"another process writes into {folder}; wait for it, or choose another folder with LGAP_OUTPUTS"
+        )
         assert refused(tmp_path / "other") is None
     assert refused(folder) is None
 
@@ -72,8 +74,9 @@ def test_a_folder_has_one_writer_and_who_waits_says_so(tmp_path, capsys):
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
 @pytest.mark.parametrize("wait", [False, True])
-def test_a_file_system_without_locks_is_named_once_and_stops_nothing(number, wait, tmp_path, monkeypatch,
-                                                                     capsys):
+def test_a_file_system_without_locks_is_named_once_and_stops_nothing(
+    number, wait, tmp_path, monkeypatch, capsys
+):
     def none(*_):
         raise OSError(number, os.strerror(number))
 
@@ -91,7 +94,7 @@ def test_a_folder_that_cannot_be_made_is_told(tmp_path):
     with pytest.raises(OSError, match="file/rows cannot be written into .Not a directory.; choose another"):
         with one_writer(tmp_path / "file" / "rows"):
             pass
-    with pytest.raises(KeyError):                   # the caller's own is passed on, and the folder is free again
+    with pytest.raises(KeyError):  # the caller's own is passed on, and the folder is free again
         with one_writer(tmp_path / "rows"):
             raise KeyError
     assert refused(tmp_path / "rows") is None
@@ -99,14 +102,16 @@ def test_a_folder_that_cannot_be_made_is_told(tmp_path):
 
 # ---------------------------------------------------------------- full and read-only disks
 
+
 @pytest.fixture
 def disk(tmp_path):
     """A file system of 1 MB, which only root can make."""
     place = tmp_path / "disk"
     place.mkdir()
     try:
-        made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", place],
-                              capture_output=True, text=True)
+        made = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", place], capture_output=True, text=True
+        )
     except FileNotFoundError:
         pytest.skip("no mount command")
     if made.returncode:
@@ -138,8 +143,9 @@ def some_rows(start, n=4):
     return [{"index": i, "label": i % 10, "pixels": os.urandom(3000)} for i in range(start, start + n)]
 
 
-FAULTS = pytest.mark.parametrize("fault, words", [(fill, "No space left on device"),
-                                                  (make_read_only, "Read-only file system")])
+FAULTS = pytest.mark.parametrize(
+    "fault, words", [(fill, "No space left on device"), (make_read_only, "Read-only file system")]
+)
 
 
 @FAULTS
@@ -165,14 +171,17 @@ def test_a_freed_disk_takes_the_rows_that_were_missing(disk):
 
 def save_figure(folder, k):
     import matplotlib.pyplot as plt
+
     figure, axis = plt.subplots()
     axis.plot([i * i % 17 for i in range(k)])
-    report.save_figure(figure, folder, "chart")
+    figures.save_figure(figure, folder, "chart")
     plt.close(figure)
 
 
-SAVED = {"table": lambda folder, k: report.save_table(pd.DataFrame({"k": range(k)}), folder, "table"),
-         "figure": save_figure}
+SAVED = {
+    "table": lambda folder, k: tables.save_table(pd.DataFrame({"k": range(k)}), folder, "table"),
+    "figure": save_figure,
+}
 
 
 @FAULTS
@@ -221,8 +230,14 @@ def start(folder, outputs):
         runner.ready = lambda *_: True
         runner.main = functools.partial(runner.main, [], pathlib.Path({str(folder)!r}))
         runner.command()""")
-    return subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            text=True, env=os.environ | {"LGAP_OUTPUTS": str(outputs)})
+    return subprocess.Popen(
+        [sys.executable, "-c", script],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"LGAP_OUTPUTS": str(outputs)},
+    )
 
 
 def wait_for(condition, process=None):
@@ -243,7 +258,7 @@ def processes_of(outputs):
         try:
             if f"LGAP_OUTPUTS={outputs}".encode() in (folder / "environ").read_bytes().split(b"\0"):
                 found.append(int(folder.name))
-        except OSError:                 # gone, or another user's
+        except OSError:  # gone, or another user's
             pass
     return found
 
@@ -265,9 +280,11 @@ def test_a_signal_ends_run_and_kernel_and_says_how_to_go_on(number, tmp_path):
         assert run.returncode == -number
     else:
         assert run.returncode == 128 + number
-        assert said == (f"run_all.sh: stopped by {number.name}; what is finished is kept: "
-                        "run the same command again to go on from there\n")
-    wait_for(lambda: not processes_of(outputs))     # a kernel looks for its parent once a second
+        assert said == (
+            f"run_all.sh: stopped by {number.name}; what is finished is kept: "
+            "run the same command again to go on from there\n"
+        )
+    wait_for(lambda: not processes_of(outputs))  # a kernel looks for its parent once a second
     with one_writer(outputs / "toy"):
         pass
 
@@ -275,8 +292,10 @@ def test_a_signal_ends_run_and_kernel_and_says_how_to_go_on(number, tmp_path):
 def test_a_disk_that_is_full_or_read_only_is_told_before_a_notebook_starts(disk, tmp_path):
     folder = notebook(tmp_path / "notebooks", "raise SystemExit('started')")
     fill(disk)
-    for fault, words in ((None, "has no room for results (No space left on device)"),
-                         (make_read_only, "cannot be written into (Read-only file system)")):
+    for fault, words in (
+        (None, "has no room for results (No space left on device)"),
+        (make_read_only, "cannot be written into (Read-only file system)"),
+    ):
         if fault:
             fault(disk)
         run = start(folder, disk)
@@ -297,6 +316,7 @@ def test_a_disk_that_fills_up_during_a_run_ends_it_with_a_reason_and_leaves_the_
 
 
 # ---------------------------------------------------------------- a whole checkout
+
 
 def git(folder, *arguments):
     done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True)
@@ -322,17 +342,27 @@ def checkout(tmp_path_factory):
 def call(checkout, *command, **environment):
     """A command in the clone, with this environment's packages and outputs where a user has them."""
     mine = {name: value for name, value in os.environ.items() if not name.startswith(("LGAP_", "CONDA_"))}
-    return subprocess.Popen(command, cwd=checkout, env=mine | {"VIRTUAL_ENV": sys.prefix, **environment},
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command,
+        cwd=checkout,
+        env=mine | {"VIRTUAL_ENV": sys.prefix, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def test_a_run_in_a_fresh_clone_changes_no_file_that_git_knows(checkout):
     done = call(checkout, "./run_all.sh", "toy", "--only", "01", "--set", "n_images=2", "--set", "n_steps=2")
     out, said = done.communicate()
     assert done.returncode == 0, said
-    assert "| names the true class, clean" in out and "table1" not in out       # its own, and none of the clone's
+    assert "| names the true class, clean" in out and "table1" not in out  # its own, and none of the clone's
     assert (checkout / "outputs/toy/tables/01_captions.md").is_file()
-    assert git(checkout, "diff", "--name-only") == git(checkout, "ls-files", "--others", "--exclude-standard") == ""
+    assert (
+        git(checkout, "diff", "--name-only")
+        == git(checkout, "ls-files", "--others", "--exclude-standard")
+        == ""
+    )
 
 
 GROWS = """import pathlib, sys, time
@@ -381,10 +411,18 @@ def test_a_notebook_that_reaches_for_the_network_is_caught(tmp_path):
         with socket.create_server(("127.0.0.1", 0)) as server:
             socket.create_connection(server.getsockname()).close()
         print(os.environ.get("HF_HUB_OFFLINE"))"""
-    guard = {"PYTHONPATH": str(ROOT / "tests/guard"), "LGAP_TRESPASS": str(tmp_path / "trespass"),
-             "HF_HUB_OFFLINE": "1", "no_proxy": "*"}
-    done = subprocess.run([sys.executable, "-c", script, "ipykernel_launcher"], env=os.environ | guard,
-                          capture_output=True, text=True)
+    guard = {
+        "PYTHONPATH": str(ROOT / "tests/guard"),
+        "LGAP_TRESPASS": str(tmp_path / "trespass"),
+        "HF_HUB_OFFLINE": "1",
+        "no_proxy": "*",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", script, "ipykernel_launcher"],
+        env=os.environ | guard,
+        capture_output=True,
+        text=True,
+    )
     assert done.stdout == "None\n", done.stderr
     noted = (tmp_path / "trespass").read_text().split()
     assert noted == ["192.0.2.1", "example.org", "192.0.2.2", "192.0.2.3"]

@@ -2,6 +2,7 @@
 
 After a change that is meant:  raise METHOD, then `python tests/test_golden.py` writes tests/golden.json anew.
 """
+
 import json
 from pathlib import Path
 
@@ -9,9 +10,9 @@ import pytest
 import torch
 
 from lgap_utils import baselines, data, models
-from lgap_utils.attacks import NATURAL, Attack
 from lgap_utils.defense import METHOD
-from lgap_utils.keyed import Keys
+from lgap_utils.noise import Keys
+from lgap_utils.protocols import NATURAL, Attack
 
 FILE = Path(__file__).with_name("golden.json")
 FEW = {"eps_255": 8, "step_size_255": 2, "n_steps": 2}
@@ -43,14 +44,21 @@ def measured(defense, images, attack):
     with torch.no_grad():
         purified = defense.purify(adv, captions, keys.at([0, 0], 2))
         logits = defense.classify(purified)
-    return {"captions": captions, "labels": logits.argmax(1).tolist(), "purified": purified.mean((1, 2, 3)).tolist(),
-            "moved, 1/255": (255 * (adv - x)).abs().mean((1, 2, 3)).tolist(), "logits": logits.abs().mean(1).tolist()}
+    return {
+        "captions": captions,
+        "labels": logits.argmax(1).tolist(),
+        "purified": purified.mean((1, 2, 3)).tolist(),
+        "moved, 1/255": (255 * (adv - x)).abs().mean((1, 2, 3)).tolist(),
+        "logits": logits.abs().mean(1).tolist(),
+    }
 
 
 def cheap(defense, images):
     """The purifiers that stand beside LGAP, by the mean of what they make."""
-    return {name: other.purify(images.x, keys=Keys(images.indices)).mean().item()
-            for name, other in baselines.beside(defense, 32).items()}
+    return {
+        name: other.purify(images.x, keys=Keys(images.indices)).mean().item()
+        for name, other in baselines.with_baselines(defense, 32).items()
+    }
 
 
 def test_the_golden_rows_are_those_of_this_method():
@@ -74,9 +82,17 @@ def test_a_cheap_purifier_makes_what_it_made(toy):
 
 if __name__ == "__main__":
     from pyautoattack.fab_base import FABAttack
-    FABAttack.perturb = lambda self, x, y: x.clone()            # as the fixture `quick` has it
+
+    FABAttack.perturb = lambda self, x, y: x.clone()  # as the fixture `quick` has it
     both = models.load_defense("toy", device="cpu"), data.load_images("toy", "test", 2)
     with torch.no_grad():
         purifiers = cheap(*both)
-    told = {"METHOD": METHOD, "rows": {attack.name: measured(*both, attack) for attack in ATTACKS}, "purifiers": purifiers}
-    FILE.write_text(json.dumps(json.loads(json.dumps(told), parse_float=lambda text: round(float(text), 6)), indent=1) + "\n")
+    told = {
+        "METHOD": METHOD,
+        "rows": {attack.name: measured(*both, attack) for attack in ATTACKS},
+        "purifiers": purifiers,
+    }
+    FILE.write_text(
+        json.dumps(json.loads(json.dumps(told), parse_float=lambda text: round(float(text), 6)), indent=1)
+        + "\n"
+    )

@@ -1,4 +1,5 @@
 """Whatever changes a row changes what it is kept under, and what cannot be told from another thing is not taken for it."""
+
 import copy
 import dataclasses
 import json
@@ -11,13 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from lgap_utils import baselines, data, models
-from lgap_utils.attacks import NATURAL, Attack
-from lgap_utils.data import Images
+from lgap_utils import baselines, data, experiment, models
 from lgap_utils.defense import LGAP
 from lgap_utils.evaluate import Evaluation, described, purify_rows
 from lgap_utils.identity import identity, named, state_digest, unnamed_in
-from lgap_utils.keyed import generator
+from lgap_utils.images import Images
+from lgap_utils.noise import generator
+from lgap_utils.protocols import NATURAL, Attack
 
 ROOT = Path(__file__).resolve().parents[1]
 PIXELS = (255 * torch.rand(4, 3, 4, 4, generator=generator("images"))).byte()
@@ -37,7 +38,9 @@ no_words = named(no_words, "no words")
 
 
 def rows_of(folder, classifier=None, purifier=None, captioner=no_words, attack=NATURAL):
-    defense = LGAP(captioner, purifier or baselines.nothing(), classifier or named(constant(1), "one"), IMAGES.classes)
+    defense = LGAP(
+        captioner, purifier or baselines.nothing(), classifier or named(constant(1), "one"), IMAGES.classes
+    )
     return Evaluation({"LGAP": defense}, IMAGES, folder, config={}).run(attack)["adversarial"].tolist()
 
 
@@ -69,10 +72,12 @@ def defined(code):
 
 
 OTHERS = {
-    "an attribute": lambda label: Fixed(label), "a closure": constant,
+    "an attribute": lambda label: Fixed(label),
+    "a closure": constant,
     "code": lambda label: defined(f"def part(x):\n    return constant({label})(x)"),
     "a class edited and run again": lambda label: defined(
-        f"class Mine:\n    def __call__(self, x):\n        return constant({label})(x)\npart = Mine()"),
+        f"class Mine:\n    def __call__(self, x):\n        return constant({label})(x)\npart = Mine()"
+    ),
     "an heir of what has settings": lambda label: Told(2) if label == 2 else Heir(2),
 }
 
@@ -81,7 +86,10 @@ OTHERS = {
 def test_parts_that_differ_and_do_not_say_so_never_share_rows(tmp_path, make, capsys):
     assert rows_of(tmp_path, make(2)) == [2] * 4 and rows_of(tmp_path, make(9)) == [9] * 4
     said = capsys.readouterr().out
-    assert "has no settings() of its own and cannot be told from another one" in said and "identity.named(part, 'a name'" in said
+    assert (
+        "has no settings() of its own and cannot be told from another one" in said
+        and "identity.named(part, 'a name'" in said
+    )
 
 
 @pytest.mark.parametrize("part", ["purifier", "captioner"])
@@ -91,18 +99,25 @@ def test_so_it_is_with_purifiers_and_captioners(tmp_path, part):
 
     def purifier(level):
         return lambda x, captions, keys: torch.full_like(x, level if "yes" not in captions[0] else 0.95)
+
     classifier = named(reads_the_image, "brightest")
     if part == "purifier":
         assert [rows_of(tmp_path, classifier, purifier(level))[0] for level in (0.25, 0.75)] == [2, 7]
     else:
         one = named(purifier(0.25), "level")
-        assert [rows_of(tmp_path, classifier, one, lambda x, c=c: [c] * len(x))[0] for c in ("no", "yes")] == [2, 9]
+        assert [
+            rows_of(tmp_path, classifier, one, lambda x, c=c: [c] * len(x))[0] for c in ("no", "yes")
+        ] == [2, 9]
 
 
 def test_a_changed_attribute_of_the_same_object_is_seen(tmp_path):
     for part in (Fixed(2), Told(2)):
-        run = Evaluation({"LGAP": LGAP(no_words, baselines.nothing(), part, IMAGES.classes)}, IMAGES, tmp_path / type(part).__name__,
-                         config={})
+        run = Evaluation(
+            {"LGAP": LGAP(no_words, baselines.nothing(), part, IMAGES.classes)},
+            IMAGES,
+            tmp_path / type(part).__name__,
+            config={},
+        )
         assert run.run(NATURAL)["adversarial"].tolist() == [2] * 4
         part.label = 9
         if isinstance(part, Told):
@@ -118,8 +133,15 @@ def test_a_named_part_is_resumed_by_another_process_and_an_unnamed_one_is_not(tm
     def slow(x):
         asked.append(len(x))
         return constant(5)(x)
-    for k, (part, calls) in enumerate([(lambda x: slow(x), 1), (lambda x: slow(x), 2), (named(lambda x: slow(x), "slow", level=5), 3),
-                                       (named(lambda x: slow(x), "slow", level=5), 3)]):
+
+    for k, (part, calls) in enumerate(
+        [
+            (lambda x: slow(x), 1),
+            (lambda x: slow(x), 2),
+            (named(lambda x: slow(x), "slow", level=5), 3),
+            (named(lambda x: slow(x), "slow", level=5), 3),
+        ]
+    ):
         assert rows_of(tmp_path, part) == [5] * 4 and len(asked) == calls, k
     with pytest.raises(ValueError, match="classifier.is.level: there 5, here 6"):
         rows_of(tmp_path, named(constant(6), "slow", level=6))
@@ -150,7 +172,9 @@ def test_an_attribute_that_is_called_settings_is_no_word_about_the_part(settings
 def test_settings_that_are_no_dict_are_refused():
     part = Fixed(1)
     part.settings = lambda: "sigma 1"
-    with pytest.raises(ValueError, match="settings.. of Fixed: expected numbers, text, and lists or dicts of these .got str"):
+    with pytest.raises(
+        ValueError, match="settings.. of Fixed: expected numbers, text, and lists or dicts of these .got str"
+    ):
         identity(part)
 
 
@@ -159,14 +183,26 @@ def test_an_attack_whose_code_may_have_changed_is_run_anew(tmp_path):
         class Mine(Attack):
             def __call__(self, defense, x, y, keys, **_):
                 return (x + step).clamp(0, 1)
+
         return Mine("mine")
-    bright = named(lambda x: torch.nn.functional.one_hot((9 * x.amin((1, 2, 3))).long(), 10).float(), "darkest")
-    assert rows_of(tmp_path, bright, attack=edited(0.5)) != rows_of(tmp_path, bright, attack=edited(1.0)) == [9] * 4
+
+    bright = named(
+        lambda x: torch.nn.functional.one_hot((9 * x.amin((1, 2, 3))).long(), 10).float(), "darkest"
+    )
+    assert (
+        rows_of(tmp_path, bright, attack=edited(0.5))
+        != rows_of(tmp_path, bright, attack=edited(1.0))
+        == [9] * 4
+    )
 
 
 def test_purified_images_of_an_unnamed_purifier_are_made_anew(tmp_path):
     for level in (0.25, 0.75):
-        defense = LGAP(no_words, lambda x, captions, keys, level=level: torch.full_like(x, level), named(constant(1), "one"))
+        defense = LGAP(
+            no_words,
+            lambda x, captions, keys, level=level: torch.full_like(x, level),
+            named(constant(1), "one"),
+        )
         table = purify_rows(defense, IMAGES, tmp_path / "rows", config={})
         assert set(table["purified"].iloc[0]) == {round(255 * level)}
 
@@ -178,7 +214,7 @@ def test_fine_tuning_never_takes_pixels_of_another_purifier(profile, tmp_path, m
     for level in (0.25, 0.75):
         part = lambda x, captions, keys, level=level: torch.full_like(x, level)
         own = models.load_defense(profile, captioner=no_words, purifier=part, device="cpu")
-        table = models.purified(profile, own, images, "03_train_toy")
+        table = experiment.purified(profile, own, images, "03_train_toy")
         assert {value for pixels in table["purified"] for value in pixels} == {round(255 * level)}
 
 
@@ -188,18 +224,30 @@ class Doubled(LGAP):
 
 
 def test_a_defence_of_ones_own_class_is_another_defence(tmp_path):
-    part = named(lambda x: torch.nn.functional.one_hot((9 * x.amax((1, 2, 3))).long(), 10).float(), "brightest")
-    found = [Evaluation({"LGAP": kind(no_words, baselines.nothing(), part)}, IMAGES, tmp_path, config={}).run(NATURAL)
-             for kind in (LGAP, Doubled)]
+    part = named(
+        lambda x: torch.nn.functional.one_hot((9 * x.amax((1, 2, 3))).long(), 10).float(), "brightest"
+    )
+    found = [
+        Evaluation({"LGAP": kind(no_words, baselines.nothing(), part)}, IMAGES, tmp_path, config={}).run(
+            NATURAL
+        )
+        for kind in (LGAP, Doubled)
+    ]
     assert found[0]["adversarial"].min() > 0 and set(found[1]["adversarial"]) == {0}
 
 
-@pytest.mark.parametrize("settings, says", [({"net": object()}, "settings.. of .*Bad: expected numbers, text, and lists or dicts"),
-                                            ({"level": float("nan")}, "settings.. of .*Bad: expected numbers")])
+@pytest.mark.parametrize(
+    "settings, says",
+    [
+        ({"net": object()}, "settings.. of .*Bad: expected numbers, text, and lists or dicts"),
+        ({"level": float("nan")}, "settings.. of .*Bad: expected numbers"),
+    ],
+)
 def test_settings_that_are_no_plain_data_are_refused(tmp_path, settings, says):
     class Bad(Fixed):
         def settings(self):
             return settings
+
     with pytest.raises(ValueError, match=says):
         rows_of(tmp_path, Bad(1))
     with pytest.raises((TypeError, ValueError)):
@@ -207,6 +255,7 @@ def test_settings_that_are_no_plain_data_are_refused(tmp_path, settings, says):
 
 
 # ---------------------------------------------------------------- the parts that come with the package
+
 
 def told(defense):
     return json.dumps(described(defense), sort_keys=True)
@@ -222,8 +271,13 @@ def swapped(vocabulary):
     return vocabulary | {one: second, two: first}
 
 
-EDITS = {       # {what: (part, file, the key to change, its value)}; no weight is touched
-    "pixels' mean": ("captioner", "processor_config.json", ("image_processor", "image_mean"), [0.1, 0.2, 0.3]),
+EDITS = {  # {what: (part, file, the key to change, its value)}; no weight is touched
+    "pixels' mean": (
+        "captioner",
+        "processor_config.json",
+        ("image_processor", "image_mean"),
+        [0.1, 0.2, 0.3],
+    ),
     "resize": ("captioner", "processor_config.json", ("image_processor", "resample"), 0),
     "activation": ("captioner", "config.json", ("vision_config", "hidden_act"), "relu"),
     "generation": ("captioner", "generation_config.json", ("repetition_penalty",), 1.5),
@@ -240,7 +294,7 @@ EDITS = {       # {what: (part, file, the key to change, its value)}; no weight 
 def test_a_file_edited_beside_unchanged_weights_is_another_part(profile, defense, tmp_path, edit):
     part, file, keys, value = edit
     folder = shutil.copytree(getattr(profile, part), tmp_path / part)
-    assert told(loaded(profile, **{part: str(folder)})) == told(defense)            # moved, it is the same
+    assert told(loaded(profile, **{part: str(folder)})) == told(defense)  # moved, it is the same
     content = json.loads((folder / file).read_text())
     inner = content
     for key in keys[:-1]:
@@ -254,10 +308,19 @@ def test_a_file_edited_beside_unchanged_weights_is_another_part(profile, defense
 
 def test_every_setting_and_weight_counts(profile, defense):
     same, found = told(defense), []
-    for change in ({"strength": 0.1}, {"guidance_scale": 2.0}, {"size": 16}, {"vae_sample": False}, {"negative_prompt": "blurred"}):
+    for change in (
+        {"strength": 0.1},
+        {"guidance_scale": 2.0},
+        {"size": 16},
+        {"vae_sample": False},
+        {"negative_prompt": "blurred"},
+    ):
         with defense.purifier.using(**change):
             found.append(told(defense))
-    found += [told(loaded(profile, **change)) for change in ({"num_beams": 2}, {"prompt": "a photo of"}, {"max_length": 12})]
+    found += [
+        told(loaded(profile, **change))
+        for change in ({"num_beams": 2}, {"prompt": "a photo of"}, {"max_length": 12})
+    ]
     tuned = copy.deepcopy(defense)
     tuned.classifier.fc.bias.data[0] += 1e-6
     found.append(told(tuned))
@@ -269,7 +332,10 @@ def test_every_setting_and_weight_counts(profile, defense):
 
 def test_what_is_set_by_hand_on_scheduler_and_unet_counts(defense):
     same, found = told(defense), []
-    for change in (lambda p: p.scheduler.alphas_cumprod.mul_(0.5), lambda p: p.unet.enable_freeu(s1=0.9, s2=0.2, b1=1.5, b2=1.6)):
+    for change in (
+        lambda p: p.scheduler.alphas_cumprod.mul_(0.5),
+        lambda p: p.unet.enable_freeu(s1=0.9, s2=0.2, b1=1.5, b2=1.6),
+    ):
         other = copy.deepcopy(defense)
         change(other.purifier)
         found.append(told(other))
@@ -286,18 +352,30 @@ class Headed(LGAP):
 
 
 def test_weights_of_a_defence_and_of_quantised_and_sparse_layers_count():
-    assert described(Headed(1.0)) != described(Headed(2.0)) and "unnamed" not in described(Headed(1.0))["defence"]
+    assert (
+        described(Headed(1.0)) != described(Headed(2.0))
+        and "unnamed" not in described(Headed(1.0))["defence"]
+    )
     nets = [torch.nn.Sequential(torch.nn.Linear(4, 4)) for _ in range(2)]
     quantised = [torch.ao.quantization.quantize_dynamic(net, {torch.nn.Linear}) for net in nets]
-    assert state_digest(quantised[0]) != state_digest(quantised[1]) and state_digest(quantised[0]) == state_digest(quantised[0])
+    assert state_digest(quantised[0]) != state_digest(quantised[1]) and state_digest(
+        quantised[0]
+    ) == state_digest(quantised[0])
     sparse = torch.nn.Module()
     sparse.register_buffer("mask", torch.eye(3).to_sparse())
     assert len(state_digest(sparse)) == 16
 
 
 def test_buffers_count_that_are_not_saved_and_kinds_and_shapes():
-    nets = [models.Normalized(torch.nn.Flatten(), mean, (1.0, 1.0, 1.0)) for mean in ((0.0, 0.0, 0.0), (0.5, 0.5, 0.5))]
-    kinds = [torch.nn.Linear(2, 2).half(), torch.nn.Linear(2, 2).bfloat16(), torch.nn.Linear(4, 1, bias=False)]
+    nets = [
+        models.Normalized(torch.nn.Flatten(), mean, (1.0, 1.0, 1.0))
+        for mean in ((0.0, 0.0, 0.0), (0.5, 0.5, 0.5))
+    ]
+    kinds = [
+        torch.nn.Linear(2, 2).half(),
+        torch.nn.Linear(2, 2).bfloat16(),
+        torch.nn.Linear(4, 1, bias=False),
+    ]
     for net in kinds:
         for weight in net.parameters():
             weight.data.zero_()
@@ -330,6 +408,11 @@ print(json.dumps(described(models.load_defense(profile, device="cpu")), sort_key
 def test_what_a_part_is_does_not_depend_on_the_process(profile, defense):
     """Hashes of text are other ones in each process, and so would be the order of a set."""
     fields = {name: value for name, value in dataclasses.asdict(profile).items() if name != "tables"}
-    done = subprocess.run([sys.executable, "-c", SCRIPT, json.dumps(fields)], cwd=ROOT, capture_output=True, text=True,
-                          env=os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONHASHSEED": "7"})
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, json.dumps(fields)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONHASHSEED": "7"},
+    )
     assert done.stdout.strip() == told(defense), done.stderr

@@ -1,4 +1,5 @@
 """What papermill and nbval do not check about the stored notebooks: form, size, and that they are one clean run."""
+
 import ast
 import re
 import subprocess
@@ -16,7 +17,9 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 SANITIZE = ROOT / "tests" / "nbval_sanitize.cfg"
 
 BADGE = re.compile(r"colab\.research\.google\.com/github/([\w.-]+/[\w.-]+)/blob/main/([\w./-]+)")
-ABSOLUTE = re.compile(r"(?<![\w.])/(?:home|root|Users|tmp|work|mnt|opt|srv|var|private)/[\w.-]+|\b[A-Z]:\\+Users")
+ABSOLUTE = re.compile(
+    r"(?<![\w.])/(?:home|root|Users|tmp|work|mnt|opt|srv|var|private)/[\w.-]+|\b[A-Z]:\\+Users"
+)
 
 
 @pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.stem)
@@ -30,7 +33,9 @@ def nb(path):
 
 
 def code(nb, tag=None):
-    return [c for c in nb.cells if c.cell_type == "code" and (tag is None or tag in c.metadata.get("tags", []))]
+    return [
+        c for c in nb.cells if c.cell_type == "code" and (tag is None or tag in c.metadata.get("tags", []))
+    ]
 
 
 def lines(cell):
@@ -104,13 +109,16 @@ def test_every_sanitize_rule_is_read():
     assert len(get_sanitize_patterns(text)) == text.count("regex:") > 0
 
 
-@pytest.mark.parametrize("raw, clean", [
-    ("took 12.3 s", "took TIME"),
-    (" 50%|#####     | 4/8 [00:01<00:01,  3.2it/s]", "PROGRESS"),
-    ("<Net at 0x7f00deadbeef>", "<Net at ADDRESS>"),
-    ("in /tmp/ipykernel_12/3.py", "in TEMPORARY"),
-    ("72.50% of 64 images, eps 8/255", "72.50% of 64 images, eps 8/255"),
-])
+@pytest.mark.parametrize(
+    "raw, clean",
+    [
+        ("took 12.3 s", "took TIME"),
+        (" 50%|#####     | 4/8 [00:01<00:01,  3.2it/s]", "PROGRESS"),
+        ("<Net at 0x7f00deadbeef>", "<Net at ADDRESS>"),
+        ("in /tmp/ipykernel_12/3.py", "in TEMPORARY"),
+        ("72.50% of 64 images, eps 8/255", "72.50% of 64 images, eps 8/255"),
+    ],
+)
 def test_sanitizing_hides_what_varies_and_no_result(raw, clean):
     for pattern, replacement in get_sanitize_patterns(SANITIZE.read_text()):
         raw = re.sub(pattern, replacement, raw)
@@ -120,7 +128,9 @@ def test_sanitizing_hides_what_varies_and_no_result(raw, clean):
 @pytest.fixture(scope="module")
 def bootstrap():
     """The bootstrap cell, which is the same in all notebooks."""
-    cells = {cell.source for path in NOTEBOOKS for cell in code(nbformat.read(path, as_version=4), "bootstrap")}
+    cells = {
+        cell.source for path in NOTEBOOKS for cell in code(nbformat.read(path, as_version=4), "bootstrap")
+    }
     assert len(cells) == 1
     return cells.pop()
 
@@ -136,11 +146,18 @@ def test_bootstrap_finds_the_checkout(bootstrap, tmp_path, checkout, place):
 def test_bootstrap_elsewhere_takes_pythonpath_or_says_what_to_do(bootstrap, tmp_path):
     (tmp_path / "checkout" / "lgap_utils").mkdir(parents=True)
     (tmp_path / "elsewhere").mkdir()
-    assert run_cell(bootstrap, tmp_path / "elsewhere", tmp_path / "checkout").stdout.strip() == str(tmp_path / "checkout")
+    assert run_cell(bootstrap, tmp_path / "elsewhere", tmp_path / "checkout").stdout.strip() == str(
+        tmp_path / "checkout"
+    )
     lost = run_cell(bootstrap, tmp_path / "elsewhere")
     assert lost.returncode == 1 and "start Jupyter in the checkout" in lost.stderr
 
 
 def run_cell(text, folder, python_path=""):
-    return subprocess.run([sys.executable, "-I" if not python_path else "-P", "-c", f"{text}\nprint(ROOT)"], cwd=folder,
-                          env={"PYTHONPATH": str(python_path), "PYTHONUTF8": "1"}, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "-I" if not python_path else "-P", "-c", f"{text}\nprint(ROOT)"],
+        cwd=folder,
+        env={"PYTHONPATH": str(python_path), "PYTHONUTF8": "1"},
+        capture_output=True,
+        text=True,
+    )

@@ -1,4 +1,5 @@
 """paper/numbers.csv holds what the paper prints in Tables 1 to 4: each number once, as it is printed there."""
+
 import csv
 import re
 from collections import Counter
@@ -24,13 +25,40 @@ def of(**wanted):
 
 
 def test_the_columns():
-    assert list(ROWS[0]) == ["table", "dataset", "section", "method", "attack", "architecture", "natural", "robust", "cited", "note"]
-    assert all(None not in row and None not in row.values() for row in ROWS)         # as many fields in each line
+    assert list(ROWS[0]) == [
+        "table",
+        "dataset",
+        "section",
+        "method",
+        "attack",
+        "architecture",
+        "natural",
+        "robust",
+        "cited",
+        "note",
+    ]
+    assert all(None not in row and None not in row.values() for row in ROWS)  # as many fields in each line
     assert all(value == value.strip() and value.isascii() for row in ROWS for value in row.values())
-    assert {(row["table"], row["dataset"]) for row in ROWS} == {("1", "cifar10"), ("2", "cifar100"), ("3", "cifar10"), ("4", "imagenet")}
+    assert {(row["table"], row["dataset"]) for row in ROWS} == {
+        ("1", "cifar10"),
+        ("2", "cifar100"),
+        ("3", "cifar10"),
+        ("4", "imagenet"),
+    }
     assert {row["cited"] for row in ROWS} == {"yes", "no"}
-    assert {row["section"] for row in ROWS} == {"undefended", "adversarial purification", "adversarial training"}
-    assert {row["architecture"] for row in ROWS} == {"WRN-28-10", "ResNet-18", "ResNet-50", "ResNet-56", "ResNet-62", ""}
+    assert {row["section"] for row in ROWS} == {
+        "undefended",
+        "adversarial purification",
+        "adversarial training",
+    }
+    assert {row["architecture"] for row in ROWS} == {
+        "WRN-28-10",
+        "ResNet-18",
+        "ResNet-50",
+        "ResNet-56",
+        "ResNet-62",
+        "",
+    }
 
 
 @pytest.mark.parametrize("table", TABLES)
@@ -38,7 +66,11 @@ def test_every_printed_number_and_no_other(table):
     """A natural accuracy that is printed once for a method stands in each of its rows here."""
     printed, last = [], None
     for row in of(table=table):
-        printed += [row["robust"]] if row["method"] == last and "natural printed once" in row["note"] else [row["natural"], row["robust"]]
+        printed += (
+            [row["robust"]]
+            if row["method"] == last and "natural printed once" in row["note"]
+            else [row["natural"], row["robust"]]
+        )
         last = row["method"]
     assert printed == TABLES[table].split()
 
@@ -58,12 +90,23 @@ def test_a_natural_accuracy_that_stands_in_several_rows_says_so():
     for table in TABLES:
         for row in of(table=table, method="LGAP"):
             assert len({r["natural"] for r in of(table=table, method="LGAP")}) == 1
-            assert (len(of(table=table, method="LGAP")) > 1) == ("natural printed once for the method" in row["note"])
+            assert (len(of(table=table, method="LGAP")) > 1) == (
+                "natural printed once for the method" in row["note"]
+            )
 
 
-@pytest.mark.parametrize("table, attack, natural, robust", [
-    ("1", "PGD", "90.03", "71.68"), ("2", "PGD", "58.71", "39.82"), ("3", "BPDA", "90.30", "62.63"), ("3", "BPDA 40+EOT", "90.30", "44.96"),
-    ("4", "AA", "69.09", "57.12"), ("4", "BPDA-40", "69.09", "45.31"), ("4", "PGD-10", "69.09", "52.73")])
+@pytest.mark.parametrize(
+    "table, attack, natural, robust",
+    [
+        ("1", "PGD", "90.03", "71.68"),
+        ("2", "PGD", "58.71", "39.82"),
+        ("3", "BPDA", "90.30", "62.63"),
+        ("3", "BPDA 40+EOT", "90.30", "44.96"),
+        ("4", "AA", "69.09", "57.12"),
+        ("4", "BPDA-40", "69.09", "45.31"),
+        ("4", "PGD-10", "69.09", "52.73"),
+    ],
+)
 def test_what_this_repository_measures_is_found_by_table_and_attack(table, attack, natural, robust):
     (row,) = of(table=table, method="LGAP", attack=attack)
     assert (row["natural"], row["robust"], row["cited"]) == (natural, robust, "no")
@@ -91,4 +134,8 @@ def test_slips_of_the_paper_are_noted():
     note = lambda table, attack, method="LGAP": of(table=table, attack=attack, method=method)[0]["note"]
     assert "90.30" in note("1", "PGD") and "90.03" in note("3", "BPDA") and "8160" in note("2", "PGD")
     assert "94.78" in note("1", "PGD", "Raw WideResNet") and "76.52" in note("4", "", "Undefended")
-    assert "truncated" in note("4", "AA") and "PGD-10" in note("4", "AA") and "preprocessor blind" in note("4", "BPDA-40")
+    assert (
+        "truncated" in note("4", "AA")
+        and "PGD-10" in note("4", "AA")
+        and "preprocessor blind" in note("4", "BPDA-40")
+    )

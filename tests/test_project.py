@@ -1,4 +1,5 @@
 """The files around the code: one set of requirements behind every front door, and nothing unsafe in any source."""
+
 import json
 import os
 import re
@@ -16,8 +17,11 @@ from packaging.version import Version
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 ABSTRACT = PROJECT["dependencies"] + PROJECT["optional-dependencies"]["test"]
-PINS = [Requirement(line) for line in (ROOT / "requirements.txt").read_text().splitlines()
-        if line.strip() and not line.lstrip().startswith("#")]
+PINS = [
+    Requirement(line)
+    for line in (ROOT / "requirements.txt").read_text().splitlines()
+    if line.strip() and not line.lstrip().startswith("#")
+]
 
 
 def test_requirements_are_exact_versions_from_no_particular_host():
@@ -38,8 +42,11 @@ def test_the_wheels_of_cuda_are_left_to_torch():
 @pytest.mark.parametrize("dependency", ABSTRACT)
 def test_every_dependency_is_pinned_to_a_version_that_fits(dependency):
     need = Requirement(dependency)
-    pinned = [str(p.specifier).removeprefix("==") for p in PINS
-              if canonicalize_name(p.name) == canonicalize_name(need.name)]
+    pinned = [
+        str(p.specifier).removeprefix("==")
+        for p in PINS
+        if canonicalize_name(p.name) == canonicalize_name(need.name)
+    ]
     assert pinned and all(need.specifier.contains(version, prereleases=True) for version in pinned)
 
 
@@ -63,8 +70,12 @@ UNSAFE = {
 def sources():
     """(name, text) of every source that git knows or would add; of a notebook, only its cells' sources."""
     patterns = ["*.py", "*.sh", "*.ipynb", "*.yml", "*.yaml"]
-    listing = subprocess.run(["git", "ls-files", "--cached", "--others", "--exclude-standard", "--", *patterns],
-                             cwd=ROOT, capture_output=True, text=True)
+    listing = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "--", *patterns],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     if listing.returncode:
         pytest.skip("not a git checkout")
     for name in filter(None, listing.stdout.splitlines()):
@@ -82,8 +93,10 @@ def test_no_source(pattern):
 
 
 def test_looking_at_the_profiles_loads_no_model_library():
-    script = ("import sys, lgap_utils, lgap_utils.profiles, lgap_utils.runner; "
-              "print([m for m in ('torch', 'diffusers', 'transformers') if m in sys.modules])")
+    script = (
+        "import sys, lgap_utils, lgap_utils.profiles, tools.runner; "
+        "print([m for m in ('torch', 'diffusers', 'transformers') if m in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "[]\n", done.stderr
 
@@ -111,7 +124,9 @@ def test_an_active_environment_without_the_packages_is_named(variable, tmp_path)
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "mine"], check=True)
     done = call("run_all.sh", **{variable: str(tmp_path / "mine")})
     assert done.returncode == 1
-    assert f"{tmp_path / 'mine'} lacks torch" in done.stderr and "pip install -r requirements.txt" in done.stderr
+    assert (
+        f"{tmp_path / 'mine'} lacks torch" in done.stderr and "pip install -r requirements.txt" in done.stderr
+    )
     assert done.stderr.count("\n") == 1
 
 

@@ -1,4 +1,5 @@
 """Published results: what is copied, what stays with whoever has the data, and that git knows nothing else of a run."""
+
 import importlib.util
 import json
 import shutil
@@ -15,17 +16,34 @@ SPEC.loader.exec_module(publish)
 
 # What a run leaves, and what of it is published at `small` and at `toy`.
 MADE = {
-    "results.json": "both", "tables/03_a.csv": "both", "tables/03_a.md": "both", "tables/03_a.tex": "both",
-    "figures/03_accuracy.png": "small", "figures/04_table1.png": "small", "figures/07_table4.png": "small",
+    "results.json": "both",
+    "tables/03_a.csv": "both",
+    "tables/03_a.md": "both",
+    "tables/03_a.tex": "both",
+    "figures/03_accuracy.png": "small",
+    "figures/04_table1.png": "small",
+    "figures/07_table4.png": "small",
     "figures/02_figure2.png": "toy",
-    "figures/01_captions.png": "", "figures/03_training_images.png": "", "figures/05_cifar100.png": "", "figures/07_imagenet.png": "",
-    "figures/09_of_another_notebook.png": "", "figures/03_accuracy.pdf": "",
-    "rows/table2/natural/000000-a.parquet": "small", "rows/table2/natural/config.json": "small",
-    "rows/table2/natural/.lock": "", "rows/table2/natural/000000-b.broken": "", "rows/table2/natural/1.parquet.7.part": "",
-    "rows/03_train_toy/000000-a.parquet": "", "rows/mine/natural/000000-a.parquet": "",
-    "classifier_cifar10/model.safetensors": "small", "classifier_cifar10/config.json": "small",
-    "classifier_cifar10/finetuning.json": "small", "classifier_cifar10/SHA256SUMS": "small", "classifier_cifar10/.lock": "",
-    "notebooks/03_finetuning.ipynb": "", ".lock": "",
+    "figures/01_captions.png": "",
+    "figures/03_training_images.png": "",
+    "figures/05_cifar100.png": "",
+    "figures/07_imagenet.png": "",
+    "figures/09_of_another_notebook.png": "",
+    "figures/03_accuracy.pdf": "",
+    "rows/table2/natural/000000-a.parquet": "small",
+    "rows/table2/natural/config.json": "small",
+    "rows/table2/natural/.lock": "",
+    "rows/table2/natural/000000-b.broken": "",
+    "rows/table2/natural/1.parquet.7.part": "",
+    "rows/03_train_toy/000000-a.parquet": "",
+    "rows/mine/natural/000000-a.parquet": "",
+    "classifier_cifar10/model.safetensors": "small",
+    "classifier_cifar10/config.json": "small",
+    "classifier_cifar10/finetuning.json": "small",
+    "classifier_cifar10/SHA256SUMS": "small",
+    "classifier_cifar10/.lock": "",
+    "notebooks/03_finetuning.ipynb": "",
+    ".lock": "",
 }
 
 
@@ -36,8 +54,10 @@ def checkout(tmp_path):
     if subprocess.run(["git", "init", "--quiet"], cwd=root).returncode:
         pytest.skip("no git")
     shutil.copy(ROOT / ".gitignore", root)
-    (root / "README.md").write_text("<!-- table: outputs/published/small/tables/03_a.md -->\nold\n<!-- end -->\nx\n"
-                                    "<!-- table: outputs/published/small/tables/none.md -->\nstays\n<!-- end -->\n")
+    (root / "README.md").write_text(
+        "<!-- table: outputs/published/small/tables/03_a.md -->\nold\n<!-- end -->\nx\n"
+        "<!-- table: outputs/published/small/tables/none.md -->\nstays\n<!-- end -->\n"
+    )
     return root
 
 
@@ -95,13 +115,21 @@ def test_git_knows_nothing_of_outputs_but_what_is_published():
     known = git("ls-files", "outputs")
     assert known and all(name.startswith("outputs/published/") for name in known)
     assert git("ls-files", "--cached", "--ignored", "--exclude-standard") == []
-    for name in ("outputs/toy/tables/a.md", "outputs/small/results.json", "outputs/small/figures/04_table1.png"):
+    for name in (
+        "outputs/toy/tables/a.md",
+        "outputs/small/results.json",
+        "outputs/small/figures/04_table1.png",
+    ):
         assert git("check-ignore", "--no-index", name) == [name]
 
 
 def test_the_readme_shows_what_is_published():
     text = (ROOT / "README.md").read_text()
     marked = [Path(name) for _, name, _ in publish.MARKED.findall(text)]
-    assert marked and all((ROOT / name).is_file() and name.parts[:2] == ("outputs", "published") for name in marked)
+    assert marked and all(
+        (ROOT / name).is_file() and name.parts[:2] == ("outputs", "published") for name in marked
+    )
     assert publish.filled(text) == text
-    assert (ROOT / "outputs/published/toy/figures/02_figure2.png").is_file() and "(outputs/published/toy/figures/02_figure2.png)" in text
+    assert (
+        ROOT / "outputs/published/toy/figures/02_figure2.png"
+    ).is_file() and "(outputs/published/toy/figures/02_figure2.png)" in text

@@ -1,4 +1,5 @@
 """Published rows are those that this checkout would make: it accepts them, in the folder where a run would look for them."""
+
 import json
 import shutil
 from pathlib import Path
@@ -6,16 +7,21 @@ from pathlib import Path
 import pytest
 
 from lgap_utils import baselines, models
-from lgap_utils.attacks import Attack
 from lgap_utils.defense import METHOD
 from lgap_utils.evaluate import described, slug
 from lgap_utils.profiles import get_profile
+from lgap_utils.protocols import Attack
 from lgap_utils.rows import Rows, difference
 
 PUBLISHED = Path(__file__).resolve().parents[1] / "outputs" / "published" / "small"
 FOLDERS = sorted(file.parent for file in (PUBLISHED / "rows").glob("*/*/config.json"))
 # {folder of an evaluation: (the paper's table whose settings it has, whether its classifier is the fine-tuned one)}
-EVALUATIONS = {"table1_and_3": (1, True), "table1_as_it_came": (1, False), "table2": (2, True), "table4": (4, False)}
+EVALUATIONS = {
+    "table1_and_3": (1, True),
+    "table1_as_it_came": (1, False),
+    "table2": (2, True),
+    "table4": (4, False),
+}
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +33,7 @@ def described_here():
         profile = get_profile("small", table)
         classifier = PUBLISHED / f"classifier_{profile.dataset}" if tuned else None
         defense = models.load_defense(profile, device="cpu", classifier=classifier)
-        found[folder] = {name: described(d) for name, d in baselines.beside(defense, 32).items()}
+        found[folder] = {name: described(d) for name, d in baselines.with_baselines(defense, 32).items()}
     return found
 
 
@@ -42,10 +48,22 @@ def test_the_checkout_accepts_published_rows(folder, described_here, tmp_path):
     config = json.loads((folder / "config.json").read_text())
     profile = get_profile("small", EVALUATIONS[folder.parent.name][0])
     here = json.loads(json.dumps(described_here[folder.parent.name]))
-    assert slug(config["attack"]["name"]) == folder.name and Attack(**config["attack"]).settings() == config["attack"]
-    assert config["attack"]["eps_255"] in (0, profile.eps_255) and config["attack"]["step_size_255"] == profile.step_size_255
-    folder = shutil.copytree(folder, tmp_path / folder.name)            # a shard that is not whole would be set aside
-    assert config["method"] == METHOD and not difference(config["defences"], {name: here[name] for name in config["defences"]})
-    assert (config["seed"], config["n_draws"], config["dataset"]) == (profile.seed, profile.n_draws, profile.dataset)
+    assert (
+        slug(config["attack"]["name"]) == folder.name
+        and Attack(**config["attack"]).settings() == config["attack"]
+    )
+    assert (
+        config["attack"]["eps_255"] in (0, profile.eps_255)
+        and config["attack"]["step_size_255"] == profile.step_size_255
+    )
+    folder = shutil.copytree(folder, tmp_path / folder.name)  # a shard that is not whole would be set aside
+    assert config["method"] == METHOD and not difference(
+        config["defences"], {name: here[name] for name in config["defences"]}
+    )
+    assert (config["seed"], config["n_draws"], config["dataset"]) == (
+        profile.seed,
+        profile.n_draws,
+        profile.dataset,
+    )
     table = Rows(folder, config, ("index", "defence", "draw")).read()
     assert len(table) and table["inside"].all() and set(table["defence"]) == set(config["defences"])

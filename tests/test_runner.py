@@ -1,4 +1,5 @@
 """The runner believes nothing but a notebook whose every cell ran, and refuses a wrong request before it starts."""
+
 import functools
 import importlib.util
 import json
@@ -13,8 +14,9 @@ import papermill
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
-from lgap_utils import runner
+from lgap_utils import profiles
 from lgap_utils.profiles import ROOT
+from tools import runner
 
 
 @dataclass(frozen=True)
@@ -34,8 +36,8 @@ def get_profile(name, **overrides):
 
 @pytest.fixture(autouse=True)
 def stub_profiles(monkeypatch, tmp_path):
-    monkeypatch.setattr(runner, "PROFILES", {"toy": Profile()})
-    monkeypatch.setattr(runner, "get_profile", get_profile)
+    monkeypatch.setattr(profiles, "PROFILES", {"toy": Profile()})
+    monkeypatch.setattr(profiles, "get_profile", get_profile)
     monkeypatch.setattr(runner, "ready", lambda profile, notebooks, settings: True)
     monkeypatch.setenv("LGAP_OUTPUTS", str(tmp_path / "outputs"))
 
@@ -72,10 +74,14 @@ def failure(folder):
 
 
 def test_a_good_run_sets_parameters_and_shows_the_tables(write, tmp_path, capsys):
-    folder = write("01_first", "PROFILE = 'small'\nN_IMAGES = None", "import os, pathlib",
-                   "assert PROFILE == 'toy' and N_IMAGES == 3 and pathlib.Path.cwd().name == 'note books'",
-                   "tables = pathlib.Path(os.environ['LGAP_OUTPUTS'], PROFILE, 'tables')\n"
-                   "tables.mkdir(parents=True)\n(tables / 'table1.md').write_text('| 72.5 |')")
+    folder = write(
+        "01_first",
+        "PROFILE = 'small'\nN_IMAGES = None",
+        "import os, pathlib",
+        "assert PROFILE == 'toy' and N_IMAGES == 3 and pathlib.Path.cwd().name == 'note books'",
+        "tables = pathlib.Path(os.environ['LGAP_OUTPUTS'], PROFILE, 'tables')\n"
+        "tables.mkdir(parents=True)\n(tables / 'table1.md').write_text('| 72.5 |')",
+    )
     write("02_second", "PROFILE = 'small'", "assert 'N_IMAGES' not in globals()")
     runner.main(["--set", "n_images=3"], folder)
     said = capsys.readouterr().out
@@ -95,23 +101,29 @@ def test_a_failing_cell_is_named_and_stops_the_run(write, tmp_path):
 
 def test_leaving_early_is_not_success(write):
     assert "cell [3], `import sys`: SystemExit: 0" in failure(
-        write("01_first", "PROFILE = 'toy'", "import sys\nsys.exit(0)", "print('never')"))
+        write("01_first", "PROFILE = 'toy'", "import sys\nsys.exit(0)", "print('never')")
+    )
 
 
 def executed(*counts, **papermill):
     """A notebook as papermill leaves it, each code cell holding `x` and the given execution count."""
     cells = [new_code_cell("x", execution_count=n) for n in counts]
-    return new_notebook(cells=cells, metadata={"papermill": {"exception": None, "end_time": "now"} | papermill})
+    return new_notebook(
+        cells=cells, metadata={"papermill": {"exception": None, "end_time": "now"} | papermill}
+    )
 
 
-@pytest.mark.parametrize("nb, error", [
-    (executed(1, None), None),
-    (executed(1, 2, exception=True), None),
-    (executed(1, 2, end_time=None), None),
-    (executed(1, 2), RuntimeError("gone")),
-    (executed(None, None), RuntimeError("gone")),
-    (executed(), RuntimeError()),
-])
+@pytest.mark.parametrize(
+    "nb, error",
+    [
+        (executed(1, None), None),
+        (executed(1, 2, exception=True), None),
+        (executed(1, 2, end_time=None), None),
+        (executed(1, 2), RuntimeError("gone")),
+        (executed(None, None), RuntimeError("gone")),
+        (executed(), RuntimeError()),
+    ],
+)
 def test_every_sign_of_an_unfinished_notebook_counts(nb, error):
     assert runner.check_finished(nb, error)
 
@@ -122,28 +134,36 @@ def test_a_finished_notebook_may_hold_empty_cells():
     assert runner.check_finished(nb) is None
 
 
-@pytest.mark.parametrize("argv, words", [
-    (["huge"], "no profile 'huge'; choose from ['toy']"),
-    (["--only", "07"], "there are 01_first, 02_second"),
-    (["--only", "01,"], "there are 01_first, 02_second"),
-    (["--set", "n_image=4"],
-     "no selected notebook has this parameter and the profile no such field; there are LR, N_IMAGES, SEED, TITLE, n_images"),
-    (["--only", "02", "--set", "seed=4"], "no selected notebook has this parameter"),
-    (["--set", "profile=toy"], "no selected notebook has this parameter"),
-    (["--set", "seed"], "write NAME=VALUE"),
-    (["--set", "import os; x=1"], "write NAME=VALUE"),
-    (["--set", "seed=1", "--set", "SEED=1"], "given twice"),
-    (["--set", "lr=8/255"], "'8/255' is not a number"),
-    (["--set", "lr=1e999"], "'1e999' is not a number"),
-    (["--set", "seed=[1]"], "'[1]' is not a number"),
-    (["--set", "seed=None"], "'None' is not a number"),
-    (["--set", "seed=007"], "'007' is not a number"),
-    (["--set", "seed=one"], "should be of type int"),
-    (["--set", "seed=0.5"], "should be of type int"),
-    (["--set", "seed=True"], "should be of type int"),
-    (["--set", "title=3"], "should be of type str"),
-    (["--set", "n_images=0"], "n_images must be positive"),  # the profile's own check, on the notebooks' None
-])
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["huge"], "no profile 'huge'; choose from ['toy']"),
+        (["--only", "07"], "there are 01_first, 02_second"),
+        (["--only", "01,"], "there are 01_first, 02_second"),
+        (
+            ["--set", "n_image=4"],
+            "no selected notebook has this parameter and the profile no such field; there are LR, N_IMAGES, SEED, TITLE, n_images",
+        ),
+        (["--only", "02", "--set", "seed=4"], "no selected notebook has this parameter"),
+        (["--set", "profile=toy"], "no selected notebook has this parameter"),
+        (["--set", "seed"], "write NAME=VALUE"),
+        (["--set", "import os; x=1"], "write NAME=VALUE"),
+        (["--set", "seed=1", "--set", "SEED=1"], "given twice"),
+        (["--set", "lr=8/255"], "'8/255' is not a number"),
+        (["--set", "lr=1e999"], "'1e999' is not a number"),
+        (["--set", "seed=[1]"], "'[1]' is not a number"),
+        (["--set", "seed=None"], "'None' is not a number"),
+        (["--set", "seed=007"], "'007' is not a number"),
+        (["--set", "seed=one"], "should be of type int"),
+        (["--set", "seed=0.5"], "should be of type int"),
+        (["--set", "seed=True"], "should be of type int"),
+        (["--set", "title=3"], "should be of type str"),
+        (
+            ["--set", "n_images=0"],
+            "n_images must be positive",
+        ),  # the profile's own check, on the notebooks' None
+    ],
+)
 def test_a_wrong_request_is_refused_before_anything_starts(argv, words, write, capsys, tmp_path):
     folder = write("01_first", "PROFILE = 'toy'\nN_IMAGES = None\nLR = None\nSEED = 0\nTITLE = 'a'")
     write("02_second", "PROFILE = 'toy'\nN_IMAGES = None")
@@ -151,7 +171,11 @@ def test_a_wrong_request_is_refused_before_anything_starts(argv, words, write, c
 
 
 def test_a_profile_that_cannot_run_is_refused_before_anything_starts(write, tmp_path, monkeypatch):
-    monkeypatch.setattr(runner, "ready", lambda profile, notebooks, settings: (notebooks, settings) != (["01_first"], {"n_images": 3}))
+    monkeypatch.setattr(
+        runner,
+        "ready",
+        lambda profile, notebooks, settings: (notebooks, settings) != (["01_first"], {"n_images": 3}),
+    )
     folder = write("01_first", "PROFILE = 'toy'\nN_IMAGES = None")
     with pytest.raises(SystemExit) as stopped:
         runner.main(["--set", "n_images=3"], folder)
@@ -160,18 +184,26 @@ def test_a_profile_that_cannot_run_is_refused_before_anything_starts(write, tmp_
 
 
 def test_other_fields_of_the_profile_go_into_settings(write, tmp_path):
-    folder = write("01_first", "PROFILE = 'toy'\nN_IMAGES = None\nSETTINGS = {}", "assert (N_IMAGES, SETTINGS) == (3, {})")
+    folder = write(
+        "01_first",
+        "PROFILE = 'toy'\nN_IMAGES = None\nSETTINGS = {}",
+        "assert (N_IMAGES, SETTINGS) == (3, {})",
+    )
     write("02_second", "PROFILE = 'toy'\nSETTINGS = {}", "assert SETTINGS == {'n_images': 3}")
     runner.main(["--set", "n_images=3"], folder)
 
 
-@pytest.mark.parametrize("cell", ["PROFILE = 'toy'\nEPS = 8 / 255", "PROFILE: str = 'toy'", "SEED = 0", "import os"])
+@pytest.mark.parametrize(
+    "cell", ["PROFILE = 'toy'\nEPS = 8 / 255", "PROFILE: str = 'toy'", "SEED = 0", "import os"]
+)
 def test_a_parameters_cell_that_papermill_would_misread_is_refused(cell, write, capsys, tmp_path):
     assert "01_first.ipynb" in refusal([], write("01_first", cell), capsys, tmp_path)
 
 
 def test_settings_are_typed_as_python_writes_them():
-    settings = runner.parse_settings(["a=1", "b=1e-3", "c=True", "d=checkpoints/toy", "e='8/255'", "f=-2", "g="])
+    settings = runner.parse_settings(
+        ["a=1", "b=1e-3", "c=True", "d=checkpoints/toy", "e='8/255'", "f=-2", "g="]
+    )
     assert settings == {"A": 1, "B": 1e-3, "C": True, "D": "checkpoints/toy", "E": "8/255", "F": -2, "G": ""}
 
 
@@ -181,10 +213,19 @@ def held(tmp_path):
     started = []
 
     def hold(folder):
-        script = ("from lgap_utils.files import one_writer\n"
-                  f"with one_writer({str(folder)!r}): print('held', flush=True); input()")
-        started.append(subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, text=True,
-                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE))
+        script = (
+            "from lgap_utils.files import one_writer\n"
+            f"with one_writer({str(folder)!r}): print('held', flush=True); input()"
+        )
+        started.append(
+            subprocess.Popen(
+                [sys.executable, "-c", script],
+                cwd=ROOT,
+                text=True,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+            )
+        )
         assert started[-1].stdout.readline() == "held\n"
         return started[-1]
 
@@ -197,8 +238,10 @@ def held(tmp_path):
 def test_a_second_run_into_the_same_folder_is_refused_and_a_killed_one_leaves_no_lock(write, tmp_path, held):
     folder = write("01_first", "PROFILE = 'toy'")
     first = held(tmp_path / "outputs/toy")
-    assert failure(folder) == (f"run_all.sh: another process writes into {tmp_path / 'outputs/toy'}; wait for it, "
-                               "or choose another folder with LGAP_OUTPUTS")
+    assert failure(folder) == (
+        f"run_all.sh: another process writes into {tmp_path / 'outputs/toy'}; wait for it, "
+        "or choose another folder with LGAP_OUTPUTS"
+    )
     assert not (tmp_path / "outputs/toy/notebooks").exists()
     first.kill()
     first.wait()
@@ -227,26 +270,37 @@ def test_only_what_the_run_wrote_is_shown(write, tmp_path, capsys):
     assert "| 1 |" in said and "| 2 |" in said and "old" not in said and "| 3 |" not in said
 
 
-@pytest.mark.parametrize("argv, words", [
-    (["--set", "row=99", "--only", "02"], "ROW=99: 02_second.ipynb looks at 6 images; expected 0 to 5"),
-    (["--set", "row=-1"], "ROW=-1: 01_first.ipynb looks at 8 images; expected 0 to 7"),
-    (["--set", "row=3", "--set", "n_images=3", "--only", "02"],
-     "ROW=3: 02_second.ipynb looks at 3 images; expected 0 to 2"),
-    (["--set", "row=8"], "ROW=8: 01_first.ipynb looks at 8 images; expected 0 to 7"),
-])
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["--set", "row=99", "--only", "02"], "ROW=99: 02_second.ipynb looks at 6 images; expected 0 to 5"),
+        (["--set", "row=-1"], "ROW=-1: 01_first.ipynb looks at 8 images; expected 0 to 7"),
+        (
+            ["--set", "row=3", "--set", "n_images=3", "--only", "02"],
+            "ROW=3: 02_second.ipynb looks at 3 images; expected 0 to 2",
+        ),
+        (["--set", "row=8"], "ROW=8: 01_first.ipynb looks at 8 images; expected 0 to 7"),
+    ],
+)
 def test_a_row_that_is_not_among_the_images_is_refused(argv, words, write, capsys, tmp_path):
     folder = write("01_first", "PROFILE = 'toy'\nN_IMAGES = None\nROW = 7")
     write("02_second", "PROFILE = 'toy'\nN_IMAGES = 6\nROW = 0")
     assert words in refusal(argv, folder, capsys, tmp_path)
 
 
-@pytest.mark.parametrize("argv, words", [
-    (["--set", "size=7"], "size=7"),
-    (["--set", "n_images=0"], "n_images=0"),
-    (["--set", "row=6", "--only", "02"], "02_purification.ipynb looks at 6 images; expected 0 to 5"),
-    (["--set", "num_inference_steps=5", "--only", "07"], "strength=0.1 of num_inference_steps=5 gives 0 denoising steps"),
-    (["--set", "strength=0.01"], "strength=0.01"),
-])
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["--set", "size=7"], "size=7"),
+        (["--set", "n_images=0"], "n_images=0"),
+        (["--set", "row=6", "--only", "02"], "02_purification.ipynb looks at 6 images; expected 0 to 5"),
+        (
+            ["--set", "num_inference_steps=5", "--only", "07"],
+            "strength=0.1 of num_inference_steps=5 gives 0 denoising steps",
+        ),
+        (["--set", "strength=0.01"], "strength=0.01"),
+    ],
+)
 def test_the_settings_of_each_selected_notebook_are_checked_first(argv, words, tmp_path, monkeypatch, capsys):
     """The real profiles and notebooks: Table 4 has a strength of its own."""
     monkeypatch.undo()
@@ -258,7 +312,7 @@ def test_the_settings_of_each_selected_notebook_are_checked_first(argv, words, t
     assert not (tmp_path / "outputs").exists()
 
 
-@pytest.mark.parametrize("text", ["", "{\"table 1\": {", "[]", "\udc80"])
+@pytest.mark.parametrize("text", ["", '{"table 1": {', "[]", "\udc80"])
 def test_a_torn_results_file_is_told_before_the_run_and_kept(text, write, tmp_path):
     folder, results = write("01_first", "PROFILE = 'toy'"), tmp_path / "outputs/toy/results.json"
     results.parent.mkdir(parents=True)
@@ -281,8 +335,10 @@ def test_no_run_writes_where_published_results_lie(below, write, tmp_path, monke
 def test_outputs_that_are_a_file_are_told_in_one_sentence(write, tmp_path):
     (tmp_path / "outputs").write_text("mine")
     said = failure(write("01_first", "PROFILE = 'toy'"))
-    assert said == (f"run_all.sh: {tmp_path / 'outputs/toy'} cannot be written into (Not a directory); "
-                    "choose another folder with LGAP_OUTPUTS")
+    assert said == (
+        f"run_all.sh: {tmp_path / 'outputs/toy'} cannot be written into (Not a directory); "
+        "choose another folder with LGAP_OUTPUTS"
+    )
     assert (tmp_path / "outputs").read_text() == "mine"
 
 
@@ -335,8 +391,15 @@ def test_a_kernel_that_a_signal_ends_is_noticed(number, write):
     assert "cell [3], `import os, signal`: DeadKernelError: Kernel died" in said and runner.GO_ON in said
 
 
-@pytest.mark.parametrize("command", [["lgap_utils.runner", "--list"], ["lgap_utils.runner", "--help"],
-                                     ["lgap_utils", "doctor", "--help"], ["lgap_utils", "doctor", "toy"]])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["tools.runner", "--list"],
+        ["tools.runner", "--help"],
+        ["lgap_utils", "doctor", "--help"],
+        ["lgap_utils", "doctor", "toy"],
+    ],
+)
 def test_a_reader_that_goes_away_is_no_error(command):
     piped = ["bash", "-c", '"$@" | true; exit "${PIPESTATUS[0]}"', ""]
     done = subprocess.run([*piped, sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True)

@@ -1,4 +1,5 @@
 """What the shell scripts do to a machine: .venv, links, line ends. In copies of the scripts, and nothing is downloaded."""
+
 import os
 import shutil
 import subprocess
@@ -40,7 +41,9 @@ def copy_scripts(checkout):
         (checkout / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, checkout / name)
     (checkout / "lgap_utils").mkdir()
-    (checkout / "lgap_utils" / "runner.py").write_text("import sys\nprint('run by', sys.prefix, *sys.argv[1:])\n")
+    (checkout / "lgap_utils" / "runner.py").write_text(
+        "import sys\nprint('run by', sys.prefix, *sys.argv[1:])\n"
+    )
     return checkout
 
 
@@ -64,8 +67,16 @@ def run(checkout, tmp_path):
 
     def run(*arguments, script=None, **environment):
         log.write_text("")
-        done = call(script or checkout / "run_all.sh", *arguments, LOG=str(log), PYTHONPATH=str(tmp_path / "stubs"),
-                    PATH=f"{python.parent}:{os.environ['PATH']}", PIP_NO_INDEX="1", UV_OFFLINE="1", **environment)
+        done = call(
+            script or checkout / "run_all.sh",
+            *arguments,
+            LOG=str(log),
+            PYTHONPATH=str(tmp_path / "stubs"),
+            PATH=f"{python.parent}:{os.environ['PATH']}",
+            PIP_NO_INDEX="1",
+            UV_OFFLINE="1",
+            **environment,
+        )
         done.asked = log.read_text().splitlines()
         return done
 
@@ -82,9 +93,14 @@ def listing(folder):
 
 
 def test_the_first_call_makes_an_environment_and_the_second_uses_it(checkout, run):
-    (checkout / ".venv").mkdir()        # as a volume that is mounted there
-    for asked in [["pip install --quiet --disable-pip-version-check uv",
-                   f"uv pip install --python {checkout}/.venv/bin/python -r requirements.txt"], []]:
+    (checkout / ".venv").mkdir()  # as a volume that is mounted there
+    for asked in [
+        [
+            "pip install --quiet --disable-pip-version-check uv",
+            f"uv pip install --python {checkout}/.venv/bin/python -r requirements.txt",
+        ],
+        [],
+    ]:
         done = run("toy", "--only", "02")
         assert done.stdout == f"run by {checkout}/.venv toy --only 02\n", done.stderr
         assert done.asked == asked
@@ -104,7 +120,9 @@ def test_an_environment_that_was_not_made_here_is_named_and_left_alone(checkout,
 
 def test_an_environment_that_was_not_made_here_and_has_the_packages_is_used(checkout, run):
     make_venv(checkout / ".venv")
-    (checkout / "pyproject.toml").write_text("[project]\ndependencies = []\noptional-dependencies.test = []\n")
+    (checkout / "pyproject.toml").write_text(
+        "[project]\ndependencies = []\noptional-dependencies.test = []\n"
+    )
     before = listing(checkout / ".venv")
     done = run("toy")
     assert done.stdout == f"run by {checkout}/.venv toy\n" and done.asked == [] and done.stderr == ""
@@ -130,8 +148,10 @@ def test_what_else_is_called_venv_is_named_and_left_alone(checkout, run, make):
     before = listing(checkout)
     done = run()
     assert done.returncode == 1 and done.stdout == "" and done.asked == []
-    assert done.stderr == (f"run_all.sh: {checkout}/.venv, which was not made here, has no working Python 3.11 or newer; "
-                           "move it away and another is made in its place.\n")
+    assert done.stderr == (
+        f"run_all.sh: {checkout}/.venv, which was not made here, has no working Python 3.11 or newer; "
+        "move it away and another is made in its place.\n"
+    )
     assert listing(checkout) == before
 
 
@@ -151,14 +171,21 @@ def test_an_update_that_fails_costs_nothing_and_is_tried_again(checkout, run):
     stamp.write_text("0" * 64 + "\n")
     (checkout / ".venv" / "extra").write_text("mine")
     done = run(FAILING="uv pip", UV_TORCH_BACKEND="cpu")
-    assert done.returncode == 1 and done.stderr.endswith("the packages could not be installed; the reason is above.\n")
+    assert done.returncode == 1 and done.stderr.endswith(
+        "the packages could not be installed; the reason is above.\n"
+    )
     assert stamp.read_text() == "0" * 64 + "\n" and (checkout / ".venv" / "extra").exists()
     assert run().returncode == 0 and (checkout / ".venv" / "extra").exists()
     assert run().asked == []
 
 
-@pytest.mark.parametrize("backend, said", [
-    ({}, "the same with pip:"), ({"UV_TORCH_BACKEND": "cpu"}, "the same with pip, which ignores UV_TORCH_BACKEND=cpu:")])
+@pytest.mark.parametrize(
+    "backend, said",
+    [
+        ({}, "the same with pip:"),
+        ({"UV_TORCH_BACKEND": "cpu"}, "the same with pip, which ignores UV_TORCH_BACKEND=cpu:"),
+    ],
+)
 def test_where_uv_fails_pip_takes_over_and_says_what_it_ignores(checkout, run, backend, said):
     make_venv(checkout / ".venv")
     (checkout / ".venv" / "requirements.sha256").write_text("0" * 64)
@@ -198,7 +225,9 @@ def test_every_file_of_a_clone_has_its_own_bytes_whatever_git_does_to_line_ends(
         git("config", "core.autocrlf", value, cwd=tmp_path / name)
     converted = tmp_path / "converted"
     names = git("ls-files", "-z", cwd=converted).stdout.split("\0")[:-1]
-    assert names and not [n for n in names if (converted / n).read_bytes() != (tmp_path / "plain" / n).read_bytes()]
+    assert names and not [
+        n for n in names if (converted / n).read_bytes() != (tmp_path / "plain" / n).read_bytes()
+    ]
     assert git("status", "--porcelain", cwd=converted).stdout == ""
     assert files.verify(converted / "checkpoints" / "toy")
     done = call(converted / "run_all.sh", "--list")

@@ -1,4 +1,5 @@
 """The networks of tools/bench.py have the published sizes, a true-size defence runs on a CPU, and its table is kept whole."""
+
 import csv
 import importlib.util
 import json
@@ -25,13 +26,25 @@ def bench():
 @pytest.fixture
 def row(bench):
     """A row of made-up numbers."""
-    return {name: "1" for name in bench.COLUMNS} | {"device": "CPU (model, A)", "strength": 0.5, "what": "purification (WRN-28-10)"}
+    return {name: "1" for name in bench.COLUMNS} | {
+        "device": "CPU (model, A)",
+        "strength": 0.5,
+        "what": "purification (WRN-28-10)",
+    }
 
 
 # BLIP's published file has 247,414,076: it holds the 30524 x 768 matrix of the words twice, which is one in memory.
-@pytest.mark.parametrize("name, count", {
-    "unet": 859_520_964, "vae": 83_653_863, "text_encoder": 123_060_480, "captioner": 247_414_076 - 30_524 * 768,
-    "WRN-28-10": 36_479_194, "ResNet-50": 25_557_032}.items())
+@pytest.mark.parametrize(
+    "name, count",
+    {
+        "unet": 859_520_964,
+        "vae": 83_653_863,
+        "text_encoder": 123_060_480,
+        "captioner": 247_414_076 - 30_524 * 768,
+        "WRN-28-10": 36_479_194,
+        "ResNet-50": 25_557_032,
+    }.items(),
+)
 def test_a_network_has_the_published_number_of_parameters(bench, networks, name, count):
     assert sum(p.numel() for p in networks[name].parameters()) == count
 
@@ -44,11 +57,22 @@ def networks(bench):
 
 def test_the_stand_in_tokenizers_have_the_lengths_and_special_ids_of_the_real_ones(bench):
     words, text = bench.blip_processor().tokenizer, bench.clip_tokenizer()
-    assert len(words) == bench.BLIP["text_config"]["vocab_size"] and words("a picture of").input_ids == [101, 1, 2, 3, 102]
+    assert len(words) == bench.BLIP["text_config"]["vocab_size"] and words("a picture of").input_ids == [
+        101,
+        1,
+        2,
+        3,
+        102,
+    ]
     assert (words.convert_tokens_to_ids("[DEC]"), words.sep_token_id, words.pad_token_id) == (30522, 102, 0)
     ids = text("a cat", padding="max_length").input_ids
-    assert len(ids) == 77 and ids[0] == 49406 and set(ids[-70:]) == {49407} and max(ids) < bench.TEXT["vocab_size"]
-    longest = words.decode(range(2000, 2017))       # a caption of max_length 20, the prompt's three less
+    assert (
+        len(ids) == 77
+        and ids[0] == 49406
+        and set(ids[-70:]) == {49407}
+        and max(ids) < bench.TEXT["vocab_size"]
+    )
+    longest = words.decode(range(2000, 2017))  # a caption of max_length 20, the prompt's three less
     assert len(longest.split()) == 17 and len(text(longest).input_ids) <= 77
 
 
@@ -68,7 +92,9 @@ print(json.dumps({"low": purified.min().item(), "high": purified.max().item(), "
 
 
 @pytest.mark.truesize
-@pytest.mark.skipif(os.environ.get("LGAP_TRUESIZE") != "1", reason="takes minutes and GiB of memory; LGAP_TRUESIZE=1 runs it")
+@pytest.mark.skipif(
+    os.environ.get("LGAP_TRUESIZE") != "1", reason="takes minutes and GiB of memory; LGAP_TRUESIZE=1 runs it"
+)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_the_true_size_defence_purifies_and_takes_a_bpda_step_on_a_cpu(dtype):
     done = subprocess.run([sys.executable, "-c", DEFEND, dtype], cwd=ROOT, capture_output=True, text=True)
@@ -99,6 +125,7 @@ def test_a_row_that_cannot_be_written_leaves_the_table_as_it_was(bench, row, tmp
     class Full(csv.DictWriter):
         def writerows(self, rows):
             raise OSError("no space left")
+
     monkeypatch.setattr(bench.csv, "DictWriter", Full)
     with pytest.raises(OSError):
         bench.write_row(table, row | {"batch": 2})
@@ -111,10 +138,15 @@ def test_a_measurement_counts_the_operations_of_one_draw_backward_pass_included(
     def step(batch):
         x = torch.rand(2 * batch, 8, requires_grad=True)
         torch.autograd.grad(layer(x).sum(), x)
+
     found = {name: float(value) for name, value in bench.measure(step, 3, 2, "cpu", 1e-6, 3).items()}
-    assert found["tflop_per_image"] == pytest.approx(2 * (2 * 8 * 4) / 1e12)      # forward and backward, 2 for multiply and add
+    assert found["tflop_per_image"] == pytest.approx(
+        2 * (2 * 8 * 4) / 1e12
+    )  # forward and backward, 2 for multiply and add
     assert found["images_per_second"] * found["seconds_per_image"] == pytest.approx(1, rel=1e-2)
-    assert found["share_of_peak"] == pytest.approx(found["tflop_per_image"] / found["seconds_per_image"] / 1e-6, rel=1e-2)
+    assert found["share_of_peak"] == pytest.approx(
+        found["tflop_per_image"] / found["seconds_per_image"] / 1e-6, rel=1e-2
+    )
     assert set(found) < set(bench.COLUMNS) and found["peak_gib"] > 0
 
 
@@ -123,12 +155,21 @@ def test_the_batch_doubles_until_memory_is_full(bench, room, largest):
     def step(batch):
         if batch > room:
             raise torch.OutOfMemoryError("full")
+
     assert bench.largest_batch(step) == largest
 
 
-@pytest.mark.parametrize("request_, words", [
-    ("--sizes 64 65", "size 65: expected a positive multiple of 8"), ("--dtype int8", "'bfloat16'"), ("--strength 2", "between 0 and 1"),
-    ("--strength 0.01", "0 denoising steps"), ("--batch 0", "batch=0"), ("--peak-tflops -1", "expected a positive number")])
+@pytest.mark.parametrize(
+    "request_, words",
+    [
+        ("--sizes 64 65", "size 65: expected a positive multiple of 8"),
+        ("--dtype int8", "'bfloat16'"),
+        ("--strength 2", "between 0 and 1"),
+        ("--strength 0.01", "0 denoising steps"),
+        ("--batch 0", "batch=0"),
+        ("--peak-tflops -1", "expected a positive number"),
+    ],
+)
 def test_nonsense_is_refused_in_one_sentence(bench, monkeypatch, capsys, request_, words):
     monkeypatch.setattr(sys, "argv", ["bench.py", *request_.split()])
     with pytest.raises(SystemExit):

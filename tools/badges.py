@@ -1,4 +1,5 @@
 """Writes the repository's public address, named once in lgap_utils/__init__.py, into every badge and bootstrap cell."""
+
 import pathlib
 import re
 import sys

@@ -5,6 +5,7 @@ Copies tables, charts, results.json, the rows of Tables 1 to 4 and the fine-tune
 between `<!-- table: FILE -->` and `<!-- end -->`, so that no number is typed by hand. No run reads or writes
 there: a clone measures anew.
 """
+
 import json
 import pathlib
 import re
@@ -19,33 +20,50 @@ from lgap_utils.files import one_writer  # noqa: E402
 from lgap_utils.profiles import PROFILES, output_root  # noqa: E402
 
 MARKED = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
-RESULTS = ("results.json", "tables/*.csv", "tables/*.md", "tables/*.tex", "figures/*.png",
-           "rows/table*/*/*.parquet", "rows/table*/*/config.json",
-           "classifier_*/*.json", "classifier_*/*.safetensors", "classifier_*/SHA256SUMS")
+RESULTS = (
+    "results.json",
+    "tables/*.csv",
+    "tables/*.md",
+    "tables/*.tex",
+    "figures/*.png",
+    "rows/table*/*/*.parquet",
+    "rows/table*/*/config.json",
+    "classifier_*/*.json",
+    "classifier_*/*.safetensors",
+    "classifier_*/SHA256SUMS",
+)
 
 
 def filled(text, root=ROOT):
     """The text with each marked part replaced by the file it names; a part whose file is not there stays."""
+
     def table(match):
         file = root / match[2]
         return f"{match[1]}{file.read_text().strip()}\n{match[3]}" if file.exists() else match[0]
+
     return MARKED.sub(table, text)
 
 
 def kept(root, files):
     """Those of `files`, paths below `root`, that git would keep. Raises RuntimeError outside of a git checkout."""
-    asked = subprocess.run(["git", "check-ignore", "--no-index", "--stdin", "-z"], cwd=root,
-                           input="\0".join(map(str, files)), capture_output=True, text=True)
+    asked = subprocess.run(
+        ["git", "check-ignore", "--no-index", "--stdin", "-z"],
+        cwd=root,
+        input="\0".join(map(str, files)),
+        capture_output=True,
+        text=True,
+    )
     if asked.returncode not in (0, 1):
-        raise RuntimeError("publishing needs a git checkout, for what .gitignore names stays out: "
-                           + asked.stderr.strip())
+        raise RuntimeError(
+            "publishing needs a git checkout, for what .gitignore names stays out: " + asked.stderr.strip()
+        )
     ignored = set(asked.stdout.split("\0"))
     return [file for file in files if str(file) not in ignored]
 
 
 def publish(source, root, profile):
     """Copy the results in `source` to outputs/published/`profile` below `root`; returns the number of files."""
-    json.loads((source / "results.json").read_text())       # a torn one is not published
+    json.loads((source / "results.json").read_text())  # a torn one is not published
     target = pathlib.Path("outputs", "published", profile)
     found = {target / file.relative_to(source): file for pattern in RESULTS for file in source.glob(pattern)}
     wanted = kept(root, found)

@@ -3,6 +3,7 @@
 What it tries beyond that fails, and is noted in the file that LGAP_TRESPASS names. It runs as that of a user who
 has not forbidden the hub: HF_HUB_OFFLINE is taken back.
 """
+
 import os
 import socket
 import sys
@@ -21,10 +22,12 @@ def refuse(host):
 
 def guarded(call):
     """A socket's method whose last argument is an address; that of a Unix socket is no tuple."""
+
     def checked(self, *arguments):
         if isinstance(arguments[-1], tuple) and not local(arguments[-1][0]):
             refuse(arguments[-1][0])
         return call(self, *arguments)
+
     return checked
 
 

@@ -3,6 +3,7 @@
 Whatever can be wrong with the request is refused before the first kernel starts. Nothing here needs more than the
 standard library until then, so that `--help` and `--list` answer on a bare Python.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -19,10 +20,10 @@ import subprocess
 import sys
 import time
 
-from .files import one_writer, write_whole
-from .profiles import PROFILES, ROOT, get_profile, output_root
+from lgap_utils.files import one_writer, write_whole
+from lgap_utils.profiles import PROFILES, ROOT, get_profile, output_root
 
-PUBLISHED = ROOT / "outputs" / "published"      # tracked: nothing but tools/publish.py writes there
+PUBLISHED = ROOT / "outputs" / "published"  # tracked: nothing but tools/publish.py writes there
 GO_ON = "what is finished is kept: run the same command again to go on from there"
 
 
@@ -40,7 +41,9 @@ def parameters(path):
         (cell,) = [c for c in read(path)["cells"] if "parameters" in c["metadata"].get("tags", [])]
         found = {line.targets[0].id: ast.literal_eval(line.value) for line in ast.parse(source(cell)).body}
     except (AttributeError, KeyError, SyntaxError, ValueError) as error:
-        raise ValueError(f"{path.name} needs one cell tagged `parameters`, holding only NAME = literal") from error
+        raise ValueError(
+            f"{path.name} needs one cell tagged `parameters`, holding only NAME = literal"
+        ) from error
     if "PROFILE" not in found:
         raise ValueError(f"{path.name} has no parameter PROFILE")
     return found
@@ -63,9 +66,13 @@ def literal(text):
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError, TypeError):
         value = text if re.fullmatch(r"[A-Za-z_./~][\w./~:@-]*", text) else None
-    if not isinstance(value, bool | int | float | str) or (isinstance(value, float) and not math.isfinite(value)):
-        raise ValueError(f"{text!r} is not a number, True, False or a word; "
-                         "write a fraction as a decimal, or give the numerator where the name ends in it: eps_255=8")
+    if not isinstance(value, bool | int | float | str) or (
+        isinstance(value, float) and not math.isfinite(value)
+    ):
+        raise ValueError(
+            f"{text!r} is not a number, True, False or a word; "
+            "write a fraction as a decimal, or give the numerator where the name ends in it: eps_255=8"
+        )
     return value
 
 
@@ -76,7 +83,9 @@ def parse_settings(items):
         name, equals, text = item.partition("=")
         # papermill writes a name into the notebook as it stands, so one that is not a plain name would be run as code.
         if not equals or not name.isidentifier():
-            raise ValueError(f"--set {item!r}: write NAME=VALUE, and the name in letters, digits and underscores")
+            raise ValueError(
+                f"--set {item!r}: write NAME=VALUE, and the name in letters, digits and underscores"
+            )
         if name.upper() in settings:
             raise ValueError(f"--set {item!r}: {name.upper()} is given twice")
         settings[name.upper()] = literal(text)
@@ -99,12 +108,16 @@ def check_settings(settings, defaults, profile):
     fields = profile_fields(profile)
     for name, value in settings.items():
         if name not in known and name.lower() not in fields:
-            raise ValueError(f"--set {name}: no selected notebook has this parameter and the profile no such field; "
-                             f"there are {', '.join(known)}, {', '.join(sorted(fields))}")
+            raise ValueError(
+                f"--set {name}: no selected notebook has this parameter and the profile no such field; "
+                f"there are {', '.join(known)}, {', '.join(sorted(fields))}"
+            )
         for path, found in defaults.items():
             if not fits(value, found.get(name)):
-                raise ValueError(f"--set {name}={value!r}: {path.name} has {found[name]!r} here, "
-                                 f"so this should be of type {type(found[name]).__name__}")
+                raise ValueError(
+                    f"--set {name}={value!r}: {path.name} has {found[name]!r} here, "
+                    f"so this should be of type {type(found[name]).__name__}"
+                )
     # A notebook's None stands for the profile's value, and the profile knows which values it can take.
     own = {name.lower(): value for name, value in settings.items() if name.lower() in fields}
     p = get_profile(profile, **own)
@@ -118,13 +131,22 @@ def check_settings(settings, defaults, profile):
 
 def profile_fields(profile):
     """The names of the profile's fields that may be set."""
-    return {field.name for field in dataclasses.fields(PROFILES[profile])} - {"name", "about", "tables", "rivals"}
+    return {field.name for field in dataclasses.fields(PROFILES[profile])} - {
+        "name",
+        "about",
+        "tables",
+        "rivals",
+    }
 
 
 def values_for(found, settings, profile):
     """What one notebook is started with: its own parameters by name, and the profile's other fields in its SETTINGS."""
     values = {"PROFILE": profile} | {name: settings[name] for name in found if name in settings}
-    others = {name.lower(): value for name, value in settings.items() if name not in found and name.lower() in profile_fields(profile)}
+    others = {
+        name.lower(): value
+        for name, value in settings.items()
+        if name not in found and name.lower() in profile_fields(profile)
+    }
     return values | ({"SETTINGS": others} if others and "SETTINGS" in found else {})
 
 
@@ -157,8 +179,15 @@ def run(path, target, values):
     error = None
     try:
         papermill.execute_notebook(
-            path, target, values, kernel_name="python3", language="python", cwd=path.parent, progress_bar=False,
-            extra_arguments=["--log-level=50"])  # or each kernel warns that it speaks unencrypted, on this machine only
+            path,
+            target,
+            values,
+            kernel_name="python3",
+            language="python",
+            cwd=path.parent,
+            progress_bar=False,
+            extra_arguments=["--log-level=50"],
+        )  # or each kernel warns that it speaks unencrypted, on this machine only
     except Exception as caught:  # a failing cell, a dead kernel, a full disk: all end in the same report
         error = caught
     try:
@@ -195,25 +224,43 @@ def command_line():
     width = max(map(len, PROFILES))
     profiles = "\n".join(f"  {name:{width}}  {profile.about}" for name, profile in PROFILES.items())
     parser = argparse.ArgumentParser(
-        prog="run_all.sh", description="Run the notebooks in order into outputs/PROFILE.",
+        prog="run_all.sh",
+        description="Run the notebooks in order into outputs/PROFILE.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=f"profiles:\n{profiles}\n\nLGAP_OUTPUTS names another folder than outputs/.")
+        epilog=f"profiles:\n{profiles}\n\nLGAP_OUTPUTS names another folder than outputs/.",
+    )
     parser.add_argument("profile", nargs="?", default="toy", help="one of those below; default: toy")
-    parser.add_argument("--only", action="append", default=[], metavar="02[,03]",
-                        help="only the notebooks whose names begin like this")
-    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE",
-                        help="a notebook parameter or any field of the profile, as in n_images=64 or size=256")
-    parser.add_argument("--list", action="store_true", help="list the notebooks and their parameters, and stop")
+    parser.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="02[,03]",
+        help="only the notebooks whose names begin like this",
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="a notebook parameter or any field of the profile, as in n_images=64 or size=256",
+    )
+    parser.add_argument(
+        "--list", action="store_true", help="list the notebooks and their parameters, and stop"
+    )
     return parser
 
 
 def ready(profile, notebooks, settings):
     """Print what these notebooks still need at this profile, and say whether they can run."""
-    from .doctor import can_run, examine
-    from .files import CheckpointError
+    from lgap_utils.files import CheckpointError
+    from tools.doctor import can_run, examine
+
     try:
         checks = examine(profile, notebooks=notebooks, **settings)
-    except (CheckpointError, ValueError) as error:      # of the lock file itself; of what the settings make of a table's profile
+    except (
+        CheckpointError,
+        ValueError,
+    ) as error:  # of the lock file itself; of what the settings make of a table's profile
         sys.exit(f"run_all.sh: {error}")
     for check in checks:
         if check.state in ("missing", "to fetch"):
@@ -225,39 +272,52 @@ def lacking():
     """Why no notebook would find its packages, or None: the kernel `python3` may be another environment's."""
     needed = ("torch", "papermill", "ipykernel", "filelock")
     if absent := [name for name in needed if importlib.util.find_spec(name) is None]:
-        return (f"{sys.executable} lacks {', '.join(absent)}; start ./run_all.sh without it, "
-                "or run 'pip install -r requirements.txt' in it")
+        return (
+            f"{sys.executable} lacks {', '.join(absent)}; start ./run_all.sh without it, "
+            "or run 'pip install -r requirements.txt' in it"
+        )
     from jupyter_client import KernelManager
     from jupyter_client.kernelspec import NoSuchKernel
+
     try:
         manager = KernelManager(kernel_name="python3")
         python, spec = manager.format_kernel_cmd()[0], manager.kernel_spec.resource_dir
-    except (NoSuchKernel, OSError, ValueError) as error:      # none, or one whose kernel.json is damaged
-        return (f"the Jupyter kernel python3 cannot be read ({error}); "
-                "run 'pip install --force-reinstall ipykernel' in this environment")
+    except (NoSuchKernel, OSError, ValueError) as error:  # none, or one whose kernel.json is damaged
+        return (
+            f"the Jupyter kernel python3 cannot be read ({error}); "
+            "run 'pip install --force-reinstall ipykernel' in this environment"
+        )
     if python == sys.executable:
         return None
     where = "import os, sys; print(os.path.realpath(sys.prefix), *sys.version_info[:2])"
     try:
-        answers = [subprocess.run([each, "-c", where], capture_output=True, text=True).stdout
-                   for each in (sys.executable, python)]
+        answers = [
+            subprocess.run([each, "-c", where], capture_output=True, text=True).stdout
+            for each in (sys.executable, python)
+        ]
     except OSError:
         answers = ["this one", "none"]
     if answers[0] == answers[1]:
         return None
-    return (f"the Jupyter kernel python3 starts {python} and not {sys.executable}, which has the packages; "
-            f"move {spec} away, or unset JUPYTER_PATH and JUPYTER_PREFER_ENV_PATH")
+    return (
+        f"the Jupyter kernel python3 starts {python} and not {sys.executable}, which has the packages; "
+        f"move {spec} away, or unset JUPYTER_PATH and JUPYTER_PREFER_ENV_PATH"
+    )
 
 
 def check_folder(out):
     """Refuse a folder that cannot take results, or holds a torn results.json, before anything is computed."""
     try:
-        write_whole(out / ".room", bytes(1 << 20))      # notebooks and tables need no less
+        write_whole(out / ".room", bytes(1 << 20))  # notebooks and tables need no less
         (out / ".room").unlink()
     except OSError as error:
-        raise OSError(error.errno, f"{show(out)} has no room for results ({os.strerror(error.errno)}); "
-                                   "choose another folder with LGAP_OUTPUTS") from error
-    from .report import check_results
+        raise OSError(
+            error.errno,
+            f"{show(out)} has no room for results ({os.strerror(error.errno)}); "
+            "choose another folder with LGAP_OUTPUTS",
+        ) from error
+    from lgap_utils.results import check_results
+
     check_results(out)
 
 
@@ -273,8 +333,10 @@ def run_all(plan, out):
             problem = run(path, target, values)
             took = duration(time.monotonic() - start)
             if problem:
-                sys.exit(f"run_all.sh: {path.name} failed after {took}: {problem}\n"
-                         f"What ran so far: {show(target)}; {GO_ON}")
+                sys.exit(
+                    f"run_all.sh: {path.name} failed after {took}: {problem}\n"
+                    f"What ran so far: {show(target)}; {GO_ON}"
+                )
             print(f"    {took}", flush=True)
         report(out, before)
 
@@ -299,14 +361,22 @@ def main(argv=None, folder=ROOT / "notebooks"):
         return
 
     plan = {path: values_for(found, settings, args.profile) for path, found in defaults.items()}
-    fields = {name.lower(): value for name, value in settings.items() if name.lower() in profile_fields(args.profile)}
+    fields = {
+        name.lower(): value
+        for name, value in settings.items()
+        if name.lower() in profile_fields(args.profile)
+    }
     if problem := lacking():
         sys.exit(f"run_all.sh: {problem}")
     if not ready(args.profile, [path.stem for path in plan], fields):
-        sys.exit(f"run_all.sh: profile {args.profile} cannot run here; `python -m lgap_utils doctor {args.profile}` says more")
+        sys.exit(
+            f"run_all.sh: profile {args.profile} cannot run here; `python -m lgap_utils doctor {args.profile}` says more"
+        )
     outputs = output_root()
     if outputs.is_relative_to(PUBLISHED):
-        sys.exit(f"run_all.sh: {show(PUBLISHED)} holds published results; choose another folder with LGAP_OUTPUTS")
+        sys.exit(
+            f"run_all.sh: {show(PUBLISHED)} holds published results; choose another folder with LGAP_OUTPUTS"
+        )
     os.environ["LGAP_OUTPUTS"] = str(outputs)  # absolute, because the kernels run in the notebooks' folder
     try:
         run_all(plan, outputs / args.profile)
@@ -315,7 +385,7 @@ def main(argv=None, folder=ROOT / "notebooks"):
     except ValueError as error:
         sys.exit(f"run_all.sh: {error}")
     except OSError as error:
-        sentence = error.strerror if error.filename is None else None       # files.py's own, without its number
+        sentence = error.strerror if error.filename is None else None  # files.py's own, without its number
         sys.exit(f"run_all.sh: {sentence or error}")
 
 
@@ -327,19 +397,19 @@ def quietly(main):
         finally:
             print(end="", flush=True)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())      # or Python tries again on its way out
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python tries again on its way out
         sys.exit(128 + signal.SIGPIPE)
 
 
 def stopped(number, frame):
-    logging.disable()       # what Jupyter has to say of a kernel's end, where that was asked for
+    logging.disable()  # what Jupyter has to say of a kernel's end, where that was asked for
     raise KeyboardInterrupt(number)
 
 
 def command():
     """`main`; a signal ends it with a word on how to go on, and Jupyter shuts its kernel down on the way out."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:      # as under nohup
+        if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
             signal.signal(number, stopped)
     try:
         quietly(main)

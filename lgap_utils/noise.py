@@ -3,6 +3,7 @@
 A key is (seed, image index, stage, step, draw). So batch size, order, sharding, workers and resuming cannot change
 a result, and an attacker either knows a draw of the defender (the same key) or does not (another stage).
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -51,8 +52,11 @@ class Keys:
     def at(self, steps, n_draws=1, stage=None):
         """n_draws keys for each image, image after image, at its own step: what one step of an attack draws."""
         out = Keys([])
-        out.rows = [(seed, index, stage or old, step, draw)
-                    for (seed, index, old, _, _), step in zip(self.rows, steps) for draw in range(n_draws)]
+        out.rows = [
+            (seed, index, stage or old, step, draw)
+            for (seed, index, old, _, _), step in zip(self.rows, steps)
+            for draw in range(n_draws)
+        ]
         return out
 
     def __add__(self, other):

@@ -1,0 +1,1 @@
+"""What run_all.sh and the command line call; nothing in lgap_utils imports it."""
