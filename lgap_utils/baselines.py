@@ -38,7 +38,7 @@ class Purifier:
         return self.function(x, keys)
 
 
-def nothing():
+def undefended():
     """The undefended classifier."""
     return Purifier(lambda x, keys: x, purifier="none")
 
@@ -130,7 +130,7 @@ def with_baselines(defense, side):
         f"resize to {smaller} and back": resized(smaller),
         "Gaussian blur, 1 pixel": blur(1.0),
         "JPEG, quality 75": jpeg(75),
-        "undefended": nothing(),
+        "undefended": undefended(),
     }
     return {"LGAP": defense} | {name: with_purifier(defense, purifier) for name, purifier in others.items()}
 

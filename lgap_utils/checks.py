@@ -132,13 +132,13 @@ def check_purified(purified, shape, keys):
     """Refuse what cannot be purified images: floats of this shape, finite, and in [0, 1] but for noise."""
     if not isinstance(purified, torch.Tensor) or not purified.is_floating_point():
         raise TypeError(
-            f"purifier: its output is {_kind(purified)}, expected {list(shape)} as a tensor of floats "
+            f"purifier: its output is {kind_of(purified)}, expected {list(shape)} as a tensor of floats "
             "in [0, 1]"
         )
     if purified.shape != shape:
         raise ValueError(f"purifier: its output is {list(purified.shape)}, expected {list(shape)}")
     if (bad := ~torch.isfinite(purified.detach()).flatten(1).all(1)).any():
-        image, key = _first(bad, keys)
+        image, key = first_bad(bad, keys)
         raise ValueError(f"purified {image} holds NaN or inf{key}")
     check_range(purified, "purifier: its output for ", keys)
 
@@ -160,7 +160,7 @@ def check_range(x, whose, keys=None):
         hint = "it looks like an image in [-1, 1], which (x + 1) / 2 brings there"
     elif low >= 0 and high > 100:
         hint = "it looks like an image in [0, 255], divide by 255"
-    image, key = _first(bad, keys)
+    image, key = first_bad(bad, keys)
     raise ValueError(f"{whose}{image} is not in [0, 1], values span [{low:.3g}, {high:.3g}]{key}; {hint}")
 
 
@@ -169,13 +169,13 @@ def look_like_softmax(logits):
     return bool((logits >= 0).all() and ((logits.sum(1) - 1).abs() < 1e-4).all())
 
 
-def _first(bad, keys):
+def first_bad(bad, keys):
     """("image 1 of 3", " (key ...)") for the first that is marked in `bad` [n]; without keys ""."""
     first = int(bad.nonzero()[0])
     return f"image {first} of {len(bad)}", f" (key {keys.rows[first]})" if keys is not None else ""
 
 
-def _kind(answer):
+def kind_of(answer):
     """What a part answered with, in a word."""
     return str(answer.dtype) if isinstance(answer, torch.Tensor) else type(answer).__name__
 

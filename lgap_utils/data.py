@@ -16,10 +16,10 @@ import numpy as np
 import torch
 
 from . import toy
-from .data_files import _decode, _hub_files, _part, data_folder
+from .data_files import data_folder, decode_images, hub_files, take_rows
 from .files import sha256
-from .hub import locked
-from .imagenet import IMAGENET_SHARDS, _imagenet, imagenet_classes
+from .hub import lock_entries
+from .imagenet import IMAGENET_SHARDS, imagenet_classes, load_imagenet
 from .images import Images
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -89,7 +89,7 @@ def load_images(dataset, split, n=None, start=0, crop=None):
     LGAP_DATA.
     """
     readers = {name: functools.partial(_cifar, name) for name in CIFARS}
-    readers |= {"toy": _toy, "imagenet": functools.partial(_imagenet, crop=crop)}
+    readers |= {"toy": _toy, "imagenet": functools.partial(load_imagenet, crop=crop)}
     if dataset not in readers:
         raise ValueError(f"no data set {dataset!r}; choose from {sorted(readers)}")
     if split not in toy.SPLITS:
@@ -163,7 +163,7 @@ def _cifar(dataset, split, n, start):
     rows, classes = np.arange(len(labels)), CIFARS[dataset].classes
     if split != "test":
         rows = rows[(rows % 50 == 7) == (split == "validation")]
-    rows = _part(rows, f"{dataset} {split}", n, start)
+    rows = take_rows(rows, f"{dataset} {split}", n, start)
     known = COUNTS[dataset]["test"], FIRST_LABELS[dataset]
     official = split == "test" and (len(labels), tuple(labels[:4])) == known
     labels = labels[rows]
@@ -188,7 +188,7 @@ def _parquet(dataset, part):
 
     cifar = CIFARS[dataset]
     name = cifar.file.format(part)
-    (file,) = _hub_files(
+    (file,) = hub_files(
         dataset,
         cifar.repository,
         cifar.revision,
@@ -204,7 +204,9 @@ def _parquet(dataset, part):
 
     def decode(rows):
         cells = zip(rows, table["img"].iloc[rows])
-        return _decode([(f"{file}, row {i}", lambda cell=cell: cell["bytes"]) for i, cell in cells], 32)[0]
+        return decode_images(
+            [(f"{file}, row {i}", lambda cell=cell: cell["bytes"]) for i, cell in cells], 32
+        )[0]
 
     return table[cifar.label].to_numpy(), decode, file, f"{file.name} sha256 {sha256(file)}"
 
@@ -286,7 +288,10 @@ def validate(dataset):
         if dataset in CIFARS and ".parquet sha256" in images.source:
             cifar = CIFARS[dataset]
             file = cifar.file.format("test" if split == "test" else "train")
-            known = locked(f"{cifar.repository}@{cifar.revision}").get(file, {}).get("sha256") or "not known"
+            known = (
+                lock_entries(f"{cifar.repository}@{cifar.revision}").get(file, {}).get("sha256")
+                or "not known"
+            )
         checks.append(
             (
                 f"{what}: files",

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from .files import CheckpointError
-from .hub import check, hub_file, reason
+from .hub import explain, hub_file, verify_file
 from .profiles import data_root
 
 
@@ -28,7 +28,7 @@ def data_folder():
 # ---------------------------------------------------------------- files
 
 
-def _part(rows, what, n, start):
+def take_rows(rows, what, n, start):
     """rows[start : start + n], all of them."""
     if len(rows) < start + (n or 1):
         raise ValueError(
@@ -37,7 +37,7 @@ def _part(rows, what, n, start):
     return rows[start : None if n is None else start + n]
 
 
-def _decode(images, size, prepare=lambda image: image):
+def decode_images(images, size, prepare=lambda image: image):
     """uint8 [n, 3, size, size], and the sha256 of all that was read, of [(name, read)] where read() gives an encoded image."""
     from PIL import Image
 
@@ -62,7 +62,7 @@ def _decode(images, size, prepare=lambda image: image):
     return pixels, digest.hexdigest()
 
 
-def _hub_files(folder, repository, revision, names, instead=None):
+def hub_files(folder, repository, revision, names, instead=None):
     """The named files below LGAP_DATA/folder where that folder is, else from the hub at a fixed revision."""
     root = data_folder() / folder
     if root.is_dir():
@@ -77,7 +77,7 @@ def _hub_files(folder, repository, revision, names, instead=None):
     try:
         paths = [hub_file(repository, name, revision, "dataset") for name in names]
     except Exception as error:  # the hub's client raises many kinds
-        cause, remedy = reason(error)
+        cause, remedy = explain(error)
         raise FileNotFoundError(
             f"{repository} is neither in {root} nor could be fetched from the hub at {constants.ENDPOINT}/datasets/"
             f"{repository}: {cause}; {remedy}, or set LGAP_DATA to a folder that holds "
@@ -85,7 +85,7 @@ def _hub_files(folder, repository, revision, names, instead=None):
         ) from None
     try:
         for path, name in zip(paths, names):
-            check(path, f"{repository}@{revision}", name, "fetch it again")
+            verify_file(path, f"{repository}@{revision}", name, "fetch it again")
     except CheckpointError as error:
         raise ValueError(str(error)) from None
     return paths

@@ -19,13 +19,13 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from .checks import (
-    _first,
-    _kind,
     check_evaluating,
     check_images,
     check_networks,
     check_purified,
     check_range,
+    first_bad,
+    kind_of,
     look_like_softmax,
 )
 from .identity import config_digest, digest, tokenizer_digest
@@ -414,7 +414,7 @@ class LGAP(nn.Module):
         if not isinstance(x, torch.Tensor) or not x.is_floating_point() or x.ndim != 4:
             raise TypeError(
                 "images: expected a float tensor [n, 3, height, width] in [0, 1], got "
-                f"{_kind(x)} {list(getattr(x, 'shape', []))}"
+                f"{kind_of(x)} {list(getattr(x, 'shape', []))}"
             )
         check_range(x, "images: ", keys)
         classifier, own = self._part("classifier", "x"), x.clone()
@@ -429,7 +429,7 @@ class LGAP(nn.Module):
         expected = f"[{len(x)}, {len(self.classes) if self.classes is not None else 'classes'}]"
         if not isinstance(logits, torch.Tensor) or not logits.is_floating_point():
             raise TypeError(
-                f"classifier: its output is {_kind(logits)}, expected logits {expected} as a tensor of "
+                f"classifier: its output is {kind_of(logits)}, expected logits {expected} as a tensor of "
                 "floats, or an object that has them as .logits"
             )
         logits = logits.to(x.device)
@@ -441,7 +441,7 @@ class LGAP(nn.Module):
             raise ValueError(f"classifier: its output has shape {list(logits.shape)}, expected {expected}")
         values = logits.detach().float()
         if (bad := ~torch.isfinite(values).all(1)).any():
-            image, key = _first(bad, keys)
+            image, key = first_bad(bad, keys)
             raise ValueError(f"classifier: its output for {image} holds NaN or inf{key}")
         if look_like_softmax(values):
             warnings.warn(

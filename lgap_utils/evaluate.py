@@ -16,14 +16,14 @@ from .autoattack import blocks
 from .batches import BatchSize, call_in_batches
 from .checks import check_counts, check_images, look_like_softmax
 from .defense import LGAP, METHOD
-from .files import one_writer
+from .files import folder_lock
 from .identity import digest, identity, unnamed_in
 from .noise import Keys
 from .protocols import NATURAL, Attack
 from .rows import Rows, known_images
 
 
-def described(defense):
+def describe_defense(defense):
     """What a defence is, as plain data: the identity of each of its parts, and the size that it classifies at."""
     parts = {part: identity(getattr(defense, part)) for part in ("captioner", "purifier", "classifier")}
     if type(defense) is not LGAP:  # a subclass may purify or classify in its own way
@@ -34,7 +34,7 @@ def described(defense):
 def rows_of(folder, slug, config, parts, key=("index",), also=()):
     """`Rows` in folder/slug where every part says what it is; else in a folder of their own below folder/unnamed, with a word.
 
-    parts: {name: `described` defence}; also: what else does not say what it is.
+    parts: {name: `describe_defense` defence}; also: what else does not say what it is.
     """
     if not (unnamed := [*unnamed_in(parts), *also]):
         return Rows(Path(folder) / slug, config, key)
@@ -48,7 +48,7 @@ def rows_of(folder, slug, config, parts, key=("index",), also=()):
     return Rows(place, config, key)
 
 
-def slug(name):
+def folder_name(name):
     """A folder's name for an attack's; letters that are not ASCII's are told apart by a digest."""
     plain = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     return plain if plain and name.isascii() else f"{plain or 'attack'}-{digest(name)[:6]}"
@@ -101,7 +101,7 @@ class Evaluation:
         rows = self.rows(attack)
         table = rows.read()
         if set(wanted) - rows.done(table, self.known):
-            with one_writer(rows.folder, wait=True):
+            with folder_lock(rows.folder, wait=True):
                 done = rows.done(rows.read(), self.known)  # somebody else may have done some meanwhile
                 todo = [i for i in wanted if i not in done]
                 if attack.block > 1:
@@ -124,7 +124,7 @@ class Evaluation:
 
     def rows(self, attack):
         """The kept `Rows` of an attack: those of this configuration, with everything that a row depends on."""
-        parts = {name: described(defense) for name, defense in self.defenses.items()}
+        parts = {name: describe_defense(defense) for name, defense in self.defenses.items()}
         config = {
             **self.given,
             "target": next(iter(parts)),
@@ -139,7 +139,9 @@ class Evaluation:
             also = [f"the attack {attack.name!r} ({type(attack).__qualname__})"]
         if also or unnamed_in(parts):
             config["run"] = uuid.uuid4().hex  # it may be another by the next run
-        return rows_of(self.folder, slug(attack.name), config, parts, ("index", "defence", "draw"), also)
+        return rows_of(
+            self.folder, folder_name(attack.name), config, parts, ("index", "defence", "draw"), also
+        )
 
     def draws_of(self, defense):
         """By how many draws an image is judged under a defence: one where the purifier draws no noise."""
@@ -313,7 +315,7 @@ def purify_rows(defense, images, folder, *, config, x=None, seed=0, batch_size=6
     check_images(x)
     if x.shape != clean.shape:
         raise ValueError(f"x: got shape {list(x.shape)} for images of shape {list(clean.shape)}")
-    parts = {"LGAP": described(defense)}
+    parts = {"LGAP": describe_defense(defense)}
     config = {**config, "defence": parts["LGAP"], "seed": seed, "method": METHOD}
     if unnamed_in(parts):
         config["run"] = uuid.uuid4().hex
@@ -321,7 +323,7 @@ def purify_rows(defense, images, folder, *, config, x=None, seed=0, batch_size=6
     rows, known = rows_of(folder.parent, folder.name, config, parts), known_images(images)
     table = rows.read()
     if set(known) - rows.done(table, known):
-        with one_writer(rows.folder, wait=True):
+        with folder_lock(rows.folder, wait=True):
             done = rows.done(rows.read(), known)
             todo = [i for i, index in enumerate(known) if index not in done]
             _purify(defense, images, x, todo, rows, known, seed, batch_size, title)
@@ -367,7 +369,7 @@ def _purify(defense, images, x, todo, rows, known, seed, batch_size, title):
 
 
 def purified_pixels(rows, shape):
-    """The `purified` column as uint8 [n, *shape]."""
+    """The `purified_rows` column as uint8 [n, *shape]."""
     return torch.from_numpy(
         np.stack([np.frombuffer(b, dtype=np.uint8).reshape(shape) for b in rows["purified"]]).copy()
     )

@@ -10,28 +10,28 @@ from fnmatch import fnmatch
 import torch
 
 from .defense import METHOD
-from .evaluate import Evaluation, described, purified_pixels, purify_rows
-from .files import CheckpointError, locate, one_writer, sha256, verify, write_whole
-from .hub import locked
+from .evaluate import Evaluation, describe_defense, purified_pixels, purify_rows
+from .files import CheckpointError, folder_lock, locate, sha256, verify, write_whole
+from .hub import lock_entries
 from .identity import identity, state_digest
 from .models import CAPTIONER_FILES, diffusion_files, load_classifier, load_defense, save_classifier_like
 from .profiles import REVISIONS, ROOT
-from .rows import difference
+from .rows import differences
 
 # ---------------------------------------------------------------- the whole defence
 
 
-def digests(name, revision=None, patterns=("*",)):
+def file_digests(name, revision=None, patterns=("*",)):
     """{file: sha256} of those files of a model that fit `patterns`, as far as they are known without opening it."""
     if name.startswith("robustbench:"):
         file = f"{name.removeprefix('robustbench:')}.pt"
-        return {file: locked("robustbench").get(file, {}).get("sha256")}
+        return {file: lock_entries("robustbench").get(file, {}).get("sha256")}
     folder = locate(name)
     if folder is None:
         source = f"{name}@{revision or REVISIONS.get(name)}"
         read = {
             file: known["sha256"]
-            for file, known in locked(source).items()
+            for file, known in lock_entries(source).items()
             if any(fnmatch(file, p) for p in (*patterns, "*.bin"))
         }
         return {"from": source} | read
@@ -39,10 +39,10 @@ def digests(name, revision=None, patterns=("*",)):
     return verify(folder) or {file.relative_to(folder).as_posix(): sha256(file) for file in weights}
 
 
-def weights(profile):
-    """{model: `digests` of its files} of the profile's captioner, diffusion model and classifier."""
+def weight_digests(profile):
+    """{model: `file_digests` of its files} of the profile's captioner, diffusion model and classifier."""
     return {
-        name: digests(name, revision, patterns)
+        name: file_digests(name, revision, patterns)
         for name, revision, patterns in (
             (profile.captioner, profile.captioner_revision, CAPTIONER_FILES),
             (profile.diffusion, profile.diffusion_revision, diffusion_files(profile.variant)),
@@ -51,7 +51,7 @@ def weights(profile):
     }
 
 
-def configuration(profile):
+def row_configuration(profile):
     """What rows depend on beside the defence, the attack and the images, which tell what they are themselves."""
     return {"dataset": profile.dataset}
 
@@ -62,7 +62,7 @@ def evaluation(profile, folder, defenses, images):
         defenses,
         images,
         profile.outputs / "rows" / folder,
-        config=configuration(profile),
+        config=row_configuration(profile),
         n_draws=profile.n_draws,
         seed=profile.seed,
         batch_size=profile.batch_size,
@@ -74,7 +74,7 @@ def rivals(profile, defense, images, attack, folder):
 
     One that was made for another crop than the defence's classifier sees the same images in its own.
     """
-    from .baselines import nothing, with_purifier
+    from .baselines import undefended, with_purifier
     from .data import load_images
 
     out = []
@@ -83,7 +83,7 @@ def rivals(profile, defense, images, attack, folder):
         seen = load_images(profile.dataset, "test", n, crop=crop) if crop else images[:n]
         rival = with_purifier(
             load_defense(profile, classifier=name, captioner=defense.captioner, purifier=defense.purifier),
-            nothing(),
+            undefended(),
         )
         rival.input_size = crop or rival.input_size
         out.append(
@@ -92,7 +92,7 @@ def rivals(profile, defense, images, attack, folder):
     return out
 
 
-def purified(profile, defense, images, name, x=None, **extra):
+def purified_rows(profile, defense, images, name, x=None, **extra):
     """Rows of purified images (see evaluate.purify_rows), computed once and kept in outputs/PROFILE/rows/`name`.
 
     x: what to purify in place of the images; `attack=attack.settings()` must then say how it was made.
@@ -104,7 +104,7 @@ def purified(profile, defense, images, name, x=None, **extra):
         x=x,
         seed=profile.seed,
         batch_size=profile.batch_size,
-        config=configuration(profile) | {"images": name, **extra},
+        config=row_configuration(profile) | {"images": name, **extra},
         title=name,
     )
 
@@ -117,7 +117,7 @@ def finetune(profile, defense):
     raises ValueError for another.
     """
     folder = profile.outputs / "rows" / f"03_finetune_{profile.dataset}"
-    with one_writer(folder, wait=True):
+    with folder_lock(folder, wait=True):
         return _finetune(profile, defense, folder)
 
 
@@ -129,8 +129,8 @@ def _finetune(profile, defense, folder):
     record, began_as = profile.finetuned / "finetuning.json", state_digest(defense.classifier)
     tuning = load_images(profile.dataset, "train", profile.n_finetune)
     validation = load_images(profile.dataset, "validation", min(profile.n_validation, profile.n_finetune))
-    rows = purified(profile, defense, tuning, f"03_train_{profile.dataset}")
-    held_out = purified(profile, defense, validation, f"03_validation_{profile.dataset}")
+    rows = purified_rows(profile, defense, tuning, f"03_train_{profile.dataset}")
+    held_out = purified_rows(profile, defense, validation, f"03_validation_{profile.dataset}")
     pixels, pixels_held_out = (purified_pixels(r, tuning.pixels.shape[1:]) for r in (rows, held_out))
     curve = train.finetune(
         defense.classifier,
@@ -193,7 +193,7 @@ def load_finetuned(profile):
         )
     defense = load_defense(profile, classifier=profile.finetuned)
     began_as = state_digest(load_classifier(profile.classifier, device="cpu"))
-    if changed := difference(json.loads(record.read_text()), _finetuning(profile, defense, began_as)):
+    if changed := differences(json.loads(record.read_text()), _finetuning(profile, defense, began_as)):
         raise ValueError(
             f"{profile.finetuned} was fine-tuned with other settings ({'; '.join(changed)}); "
             "run notebook 03 with these into another LGAP_OUTPUTS, or set them back"
@@ -201,9 +201,9 @@ def load_finetuned(profile):
     return defense
 
 
-def finetuned(profile):
+def load_or_finetune(profile):
     """`load_finetuned`, after `finetune` where nothing was fine-tuned for this profile yet. What is there is not done again."""
-    with one_writer(profile.outputs / "rows" / f"03_finetune_{profile.dataset}", wait=True):
+    with folder_lock(profile.outputs / "rows" / f"03_finetune_{profile.dataset}", wait=True):
         if not (profile.finetuned / "finetuning.json").is_file():
             finetune(profile, load_defense(profile))
         return load_finetuned(profile)
@@ -228,8 +228,8 @@ def provenance(profile, defense, images):
     return {
         "profile": profile.name,
         "settings": dataclasses.asdict(profile),
-        "weights": weights(profile),
-        "defence": described(defense),
+        "weights": weight_digests(profile),
+        "defence": describe_defense(defense),
         "method": METHOD,
         "images": images.source,
         "versions": {

@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 
 from .files import write_whole
-from .tables import _plain
+from .tables import plain_text
 
 # ---------------------------------------------------------------- figures, whose texts may be captions
 
@@ -43,7 +43,7 @@ def save_figure(figure, folder, name):
 
 def _wrapped(text, wrap):
     """At most eight lines of so many characters."""
-    return "\n".join(textwrap.wrap(_plain(text), wrap, max_lines=8, placeholder=" ..."))
+    return "\n".join(textwrap.wrap(plain_text(text), wrap, max_lines=8, placeholder=" ..."))
 
 
 def image_grid(rows, row_names=None, titles=None, colours=None, scale=1.25, wrap=22, fontsize=8):
@@ -77,7 +77,7 @@ def image_grid(rows, row_names=None, titles=None, colours=None, scale=1.25, wrap
                         color=colours[r][c] if colours and colours[r] is not None else "black",
                     )
         if row_names:
-            axes[r][0].set_ylabel(_plain(row_names[r]), fontsize=fontsize + 1, parse_math=False)
+            axes[r][0].set_ylabel(plain_text(row_names[r]), fontsize=fontsize + 1, parse_math=False)
     return figure
 
 
@@ -89,7 +89,7 @@ def caption_under(axes, captions, wrap=22, fontsize=8):
 
 def _name_bars(axis, names):
     """Horizontal bars from the top, in % of images, each with its name."""
-    axis.set_yticks(range(len(names)), [_plain(name) for name in names], parse_math=False)
+    axis.set_yticks(range(len(names)), [plain_text(name) for name in names], parse_math=False)
     axis.set(xlim=(0, 100), xlabel="% of images, with the 95 % interval")
     axis.invert_yaxis()
 

@@ -84,14 +84,14 @@ def verify(folder, again="restore it from the repository, or make it again", dig
     return found
 
 
-def part_of(path):
+def temporary_path(path):
     """A name beside `path` that no other writer has, in this process, another one or on another machine."""
     return path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.part")
 
 
 def write_whole(path, data):
     """Write bytes so that a reader sees the old file or the new one, whatever happens in between."""
-    part = part_of(path)
+    part = temporary_path(path)
     try:
         with open(part, "wb") as f:
             f.write(data)
@@ -113,7 +113,7 @@ NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
 @contextlib.contextmanager
-def one_writer(folder, wait=False):
+def folder_lock(folder, wait=False):
     """Keep `folder` for the thread that asks, which may ask again; it is made where it is not there.
 
     The system drops the lock with the process, however that ends. wait: wait for another writer, and say so.

@@ -21,7 +21,7 @@ def lock_file():
     return Path(os.environ.get("LGAP_LOCK") or ROOT / "checkpoints" / "hub.lock.json").expanduser()
 
 
-def locked(source):
+def lock_entries(source):
     """{file: {"sha256" (None: not known yet), "size"}} of a source: "repository@revision", or "robustbench"."""
     return _lock().get(source, {})
 
@@ -45,14 +45,14 @@ def offline():
     return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
 
 
-def check(path, source, name, again, digest=True, kept=True):
+def verify_file(path, source, name, again, digest=True, kept=True):
     """Refuse the download `path` if it is not the `name` that the lock file knows; raises CheckpointError.
 
     again: what to do about a bad file, for the message. digest: False looks only at what costs nothing, such
     as the size. kept: a bad file stays where it is, so that it has to be deleted. Returns {"sha256", "size"}
     of the file, for `record`.
     """
-    known = locked(source).get(name, {})
+    known = lock_entries(source).get(name, {})
     size, expected = known.get("size"), known.get("sha256")
     wanted = f", expected {size:,} bytes" if size is not None else ""
     wanted += f", expected sha256 {expected[:16]}..." if expected else ""
@@ -92,7 +92,7 @@ def _as_named(path, digest):
     return name == digest or not re.fullmatch("[0-9a-f]{64}", name)
 
 
-def record(source, entries):
+def record_digests(source, entries):
     """Write {file: {"sha256", "size"}} of a source into the lock file, where no digest is known there yet.
 
     For a model that has loaded whole: half a file would else be the truth for ever.
@@ -122,8 +122,8 @@ def snapshot(repository, revision, patterns):
     from huggingface_hub import constants, hf_hub_url, snapshot_download, try_to_load_from_cache
 
     source = f"{repository}@{revision}"
-    wanted = [*patterns, *(name for name in locked(source) if name.endswith(".bin"))]
-    known = [name for name in locked(source) if any(fnmatch(name, pattern) for pattern in wanted)]
+    wanted = [*patterns, *(name for name in lock_entries(source) if name.endswith(".bin"))]
+    known = [name for name in lock_entries(source) if any(fnmatch(name, pattern) for pattern in wanted)]
     found = {name: try_to_load_from_cache(repository, name, cache_root(), revision) for name in known}
     folders = [Path(path).parents[name.count("/")] for name, path in found.items() if isinstance(path, str)]
     try:
@@ -138,7 +138,7 @@ def snapshot(repository, revision, patterns):
                 )
             )
     except Exception as error:  # the hub's client raises many kinds
-        cause, remedy = reason(error)
+        cause, remedy = explain(error)
         raise CheckpointError(
             f"{source} could not be fetched from {constants.ENDPOINT}/{repository}: {cause}; "
             f"{remedy}, or name a folder that holds its files in its place"
@@ -146,7 +146,7 @@ def snapshot(repository, revision, patterns):
     there = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
     again = "fetch it again: run this once with the hub in reach and HF_HUB_OFFLINE unset"
     return folder, {
-        name: check(folder / name, source, name, again)
+        name: verify_file(folder / name, source, name, again)
         for name in sorted(there.union(known))
         if any(fnmatch(name, pattern) for pattern in wanted)
     }
@@ -167,7 +167,7 @@ def _ask_first(url):
     """As `ask`, before a download: the hub's client waits for minutes, or for ever, where no answer comes."""
     try:
         if not offline():
-            ask(url)
+            check_reachable(url)
     except Exception as error:
         if (status_of(error) or 0) < 429:  # of what may pass, the client makes several tries
             raise
@@ -230,7 +230,7 @@ STATUS = {
 }
 
 
-def reason(error):
+def explain(error):
     """(what happened, what to do), a clause each, of an exception that a download ended with."""
     chain = [error]
     while (below := chain[-1].__cause__ or chain[-1].__context__) and below not in chain:
@@ -267,7 +267,7 @@ def status_of(error):
     return getattr(getattr(error, "response", None), "status_code", None) or getattr(error, "code", None)
 
 
-def ask(url):
+def check_reachable(url):
     """Raise what the hub's client does if the file at `url` would not be sent; nothing is fetched.
 
     It goes through the proxy that the environment names, as a download does.

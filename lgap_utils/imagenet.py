@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from .data_files import _decode, _hub_files, _part, data_folder
+from .data_files import data_folder, decode_images, hub_files, take_rows
 from .images import Images
 from .profiles import ROOT
 
@@ -60,7 +60,7 @@ def imagenet_ids():
     return [line for line in IMAGENET_IDS.read_text().split("\n") if line and not line.startswith("#")]
 
 
-def _imagenet(split, n, start, crop=None):
+def load_imagenet(split, n, start, crop=None):
     if split != "test":
         raise ValueError(f"imagenet has no split {split!r} here, only 'test': the paper trains nothing on it")
     (labels, classes), folder = imagenet_classes(), data_folder() / "imagenet" / "val"
@@ -68,11 +68,11 @@ def _imagenet(split, n, start, crop=None):
         files, source, official = _imagenet_files(folder)
         if n is None and len(files) > IMAGENET_MOST:
             raise ValueError(f"{folder} holds {len(files)} images, too many at once; say how many, n=...")
-        files = _part(files, "imagenet test", n, start)
+        files = take_rows(files, "imagenet test", n, start)
         images, kinds = [(file, file.read_bytes) for file, _ in files], [kind for _, kind in files]
     else:
         names, source, official = imagenet_ids(), _the_list(), True
-        names = _part(names, "imagenet test", n, start)
+        names = take_rows(names, "imagenet test", n, start)
         images, kinds = _imagenet_shards(names, labels), [name.split("/")[0] for name in names]
     from torchvision import transforms
 
@@ -82,7 +82,7 @@ def _imagenet(split, n, start, crop=None):
         if crop
         else transforms.Compose([transforms.Resize(256), transforms.CenterCrop(224)])
     )
-    pixels, digest = _decode(images, crop or 224, prepare)
+    pixels, digest = decode_images(images, crop or 224, prepare)
     indices = torch.arange(start, start + len(images))
     return Images(
         pixels,
@@ -237,7 +237,7 @@ def _imagenet_shards(names, labels):
     """[(name, read)] of the named images in the hub's parquet shards, whose rows know their file names and labels."""
     import pyarrow.parquet as pq
 
-    shards = _hub_files(
+    shards = hub_files(
         "imagenet",
         IMAGENET,
         IMAGENET_REVISION,

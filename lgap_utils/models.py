@@ -17,11 +17,11 @@ import torch
 from torch import nn
 
 from .defense import LGAP, LatentPurifier
-from .files import CheckpointError, downloads, locate, part_of, sha256, verify, write_checksums
-from .hub import record, snapshot
+from .files import CheckpointError, downloads, locate, sha256, temporary_path, verify, write_checksums
+from .hub import record_digests, snapshot
 from .identity import config_digest, digest, named, tokenizer_digest
 from .profiles import REVISIONS, Profile, get_profile
-from .zoo import _load_robustbench, _robustbench_entry, _robustbench_network, _tensors, import_robustbench
+from .zoo import import_robustbench, load_robustbench, read_tensors, robustbench_entry, robustbench_network
 
 
 def device_of(device=None, dtype="float32"):
@@ -73,7 +73,7 @@ INFORMED = {"output_loading_info": True, "ignore_mismatched_sizes": True}
 def _loading(what, name):
     """Turns whatever a library raises on a bad file into one sentence that names the model.
 
-    Yields `digests`, {source: {file: its digest}}, which are recorded once the model has loaded whole, and
+    Yields `file_digests`, {source: {file: its digest}}, which are recorded once the model has loaded whole, and
     `again`, what to do about bad files.
     """
     read = SimpleNamespace(digests={}, again="")
@@ -92,7 +92,7 @@ def _loading(what, name):
         said = f"{type(error).__name__}: {said}"
         raise CheckpointError(f"cannot load the {what} from {name!r}: {said}{again}") from error
     for source, digests in read.digests.items():
-        record(source, digests)
+        record_digests(source, digests)
 
 
 def _whole(loaded):
@@ -214,13 +214,13 @@ def _converted(pickle, again):
 
     folder = downloads() / "converted" / sha256(pickle)[:16]
     if not folder.is_dir():
-        config, weights = BlipConfig.from_pretrained(pickle.parent, **LOCAL), _tensors(pickle, again)
+        config, weights = BlipConfig.from_pretrained(pickle.parent, **LOCAL), read_tensors(pickle, again)
         model = _whole(
             BlipForConditionalGeneration.from_pretrained(
                 None, config=config, state_dict=weights, **INFORMED, **LOCAL
             )
         )
-        part = part_of(folder)
+        part = temporary_path(folder)
         try:
             model.save_pretrained(part)
             for file in [*pickle.parent.glob("*.json"), *pickle.parent.glob("*.txt")]:
@@ -316,7 +316,7 @@ def new_classifier(architecture="WideResNet", mean=None, std=None, **sizes):
     the network of that entry. mean and std: of the pixels, where the network does not take images in [0, 1] as they are.
     """
     if architecture.startswith("robustbench:"):
-        net = _robustbench_network(*_robustbench_entry(architecture))
+        net = robustbench_network(*robustbench_entry(architecture))
     elif architecture == "WideResNet":
         net = import_robustbench()[1](**sizes)
     else:
@@ -340,7 +340,7 @@ def load_classifier(name, *, device=None):
     """A saved classifier's folder, or "robustbench:DATASET/THREAT/NAME": images in [0, 1] -> logits. Raises CheckpointError."""
     with _loading("classifier", name) as read:
         if name.startswith("robustbench:"):
-            net, config = _load_robustbench(*_robustbench_entry(name), read), {"architecture": name}
+            net, config = load_robustbench(*robustbench_entry(name), read), {"architecture": name}
         else:
             from safetensors.torch import load_file
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from .files import one_writer, write_whole
+from .files import folder_lock, write_whole
 from .profiles import ROOT
-from .tables import _interval, _marked, as_text
+from .tables import as_text, interval_text, marked
 from .words import DATA_SETS
 
 
@@ -82,7 +82,7 @@ def _against(printed, row, unlike):
         if unlike:
             return unlike
         low, high = (
-            100 * bound for bound in _interval(found["k"], found["n"])
+            100 * bound for bound in interval_text(found["k"], found["n"])
         )  # not the rounded ones that the table shows
         return "inside" if low <= float(number) <= high else "outside"
 
@@ -125,7 +125,7 @@ def _line(paper, row, here, there, unlike):
         "paper natural": paper.get("natural") or "not given",
         "paper robust": paper.get("robust") or "not given",
         "natural here, %": as_text(measured["natural"]),
-        "robust here, %": _marked(measured["robust"], flags),
+        "robust here, %": marked(measured["robust"], flags),
         "n": found["n"] if found else "not run",
         "paper's number": _against(paper, measured, unlike),
         "flags": flags or ("none" if row else "not run"),
@@ -133,7 +133,7 @@ def _line(paper, row, here, there, unlike):
     }
 
 
-def narrow(table):
+def latex_columns(table):
     """What a page has room for of a table made by `compare_with_paper`: the rows that were run, ours alone."""
     return table.loc[table["n"] != "not run", ["data here", "natural here, %", "robust here, %", "n"]]
 
@@ -208,7 +208,7 @@ def write_results(folder, table, rows, profile, images, provenance):
         ):  # RobustBench means the model as it is deployed, not a transfer
             entry["autoattack_acc"] = entry["robust_acc"]
         entries.append(entry)
-    with one_writer(
+    with folder_lock(
         Path(folder) / "tables", wait=True
     ):  # of two notebooks at once, neither loses the other's table
         results = check_results(folder) | {f"table {table}": {"provenance": provenance, "rows": entries}}

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .files import one_writer, write_whole
+from .files import folder_lock, write_whole
 
 
 class Rows:
@@ -26,7 +26,7 @@ class Rows:
         config = json.loads(json.dumps(config, sort_keys=True))
         file = self.folder / "config.json"
         if not file.exists():
-            with one_writer(
+            with folder_lock(
                 self.folder, wait=True
             ):  # or two that begin at once would each believe it is theirs
                 if not file.exists():
@@ -37,7 +37,7 @@ class Rows:
             raise ValueError(
                 f"{file} is not JSON, so nobody knows whose rows lie beside it; move the folder away"
             ) from None
-        if changed := difference(there, config):
+        if changed := differences(there, config):
             raise ValueError(
                 f"{self.folder} holds rows of another configuration ({'; '.join(changed)}); "
                 "move or delete it, or set LGAP_OUTPUTS to another folder"
@@ -140,13 +140,13 @@ def _digest(frame):
     return hashlib.blake2b(str(list(frame)).encode() + values, digest_size=16).hexdigest()
 
 
-def difference(there, here, at=""):
+def differences(there, here, at=""):
     """["a.b: there 1, here 2", ...] of two configurations, nested dicts; empty where they are equal."""
     if isinstance(there, dict) and isinstance(here, dict):
         return [
             d
             for k in sorted(there.keys() | here.keys())
-            for d in difference(there.get(k), here.get(k), f"{at}.{k}" if at else k)
+            for d in differences(there.get(k), here.get(k), f"{at}.{k}" if at else k)
         ]
     return [] if there == here else [f"{at}: there {there!r}, here {here!r}"]
 

@@ -52,7 +52,7 @@ def _truths(flags):
     return values
 
 
-def _interval(k, n):
+def interval_text(k, n):
     """`wilson` of a count that may lie between whole numbers: it then reaches from the interval of the one to that of the other."""
     return wilson(math.floor(k + 1e-9), n)[0], wilson(math.ceil(k - 1e-9), n)[1]
 
@@ -61,7 +61,7 @@ def _share(k, n):
     """A `share` of a count that may lie between whole numbers."""
     if not n:
         raise ValueError("a share of no images; expected at least one")
-    low, high = _interval(k, n)
+    low, high = interval_text(k, n)
     return {
         "%": round(100 * k / n, 1),
         "95 % interval": f"{100 * low:.1f} to {100 * high:.1f}",
@@ -70,7 +70,7 @@ def _share(k, n):
     }
 
 
-def _of(rows, defence, where=""):
+def of_images(rows, defence, where=""):
     """The rows of one defence. Raises ValueError, with the defences that there are, where it has none."""
     there = list(rows["defence"].unique()) if "defence" in rows else []
     if defence not in there:
@@ -129,8 +129,8 @@ def table_rows(rows, attack, names, whole=("undefended",)):
     """
     out = []
     for defence, (method, label) in names.items():
-        own = _of(rows, defence)
-        flags = _flags(own)
+        own = of_images(rows, defence)
+        flags = flags_of(own)
         out.append(
             {
                 "method": method,
@@ -149,7 +149,7 @@ def table_rows(rows, attack, names, whole=("undefended",)):
     return out
 
 
-def _flags(rows):
+def flags_of(rows):
     """What was flagged, and on how many images: "64 of 64 images: ...", or "" for nothing."""
     found = rows[rows["flags"].fillna("") != ""].drop_duplicates(["index", "flags"])["flags"].value_counts()
     return "; ".join(f"{n} of {rows['index'].nunique()} images: {flag}" for flag, n in found.items())
@@ -159,7 +159,7 @@ def paired(rows, first, second, column="adversarial"):
     """Two defences on the same images and the same noise (draw 0), by an exact McNemar test: {what is counted: how many, ..., "p"}."""
     one = []
     for defence in (first, second):
-        own = _of(rows, defence)
+        own = of_images(rows, defence)
         own = own[own["draw"] == 0]
         _check_rows(own, column)
         one.append((own[column] == own["label"]).set_axis(own["index"]).sort_index())
@@ -187,7 +187,7 @@ def caption_readers(rows, classes, defence="LGAP"):
     """
     from .words import names_class
 
-    own = _of(rows, defence)
+    own = of_images(rows, defence)
     own = own[own["draw"] == 0]
     named = {
         caption: [k for k, name in enumerate(classes) if names_class(caption, name)]
@@ -204,7 +204,7 @@ def as_text(found):
     return "not run" if found is None else f"{found['%']:.1f} ({found['95 % interval']})"
 
 
-def _marked(found, flags):
+def marked(found, flags):
     """`as_text`, and whether the attack that the number comes from was flagged."""
     return as_text(found) + ", flagged" * bool(found and flags)
 
@@ -221,12 +221,12 @@ def ladder(runs, classes=None, defence="LGAP", profile=None):
         raise ValueError("a ladder of no runs; expected at least one")
     table = {}
     for name, (attack, rows) in runs.items():
-        own = _of(rows, defence, f"{name}: ")
-        flags = _flags(own)
+        own = of_images(rows, defence, f"{name}: ")
+        flags = flags_of(own)
         table[name] = {
             **({"data": DATA_SETS[profile.dataset]} if profile else {}),
             "natural, %": as_text(accuracy(own, "clean")),
-            "robust, mean of draws, %": _marked(accuracy(own), flags),
+            "robust, mean of draws, %": marked(accuracy(own), flags),
             "majority, %": as_text(accuracy(own, how="majority")),
             "worst draw, %": as_text(accuracy(own, how="worst")),
             **(
@@ -275,14 +275,14 @@ def save_table(table, folder, name, tex=None):
     return table
 
 
-def _plain(text):
+def plain_text(text):
     """Text in one line: what cannot be printed (line ends, control characters, lone surrogates) is a space."""
     return " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
 
 
 def _markdown(table):
     def escape(cell):
-        return re.sub(r"[\\`|<$]|\](?=\()", r"\\\g<0>", _plain(cell)) if isinstance(cell, str) else cell
+        return re.sub(r"[\\`|<$]|\](?=\()", r"\\\g<0>", plain_text(cell)) if isinstance(cell, str) else cell
 
     shown = table.map(escape).set_axis([escape(str(column)) for column in table], axis=1)
     text = [k for k in range(shown.shape[1]) if any(isinstance(cell, str) for cell in shown.iloc[:, k])]
@@ -308,7 +308,7 @@ TEX = str.maketrans(
 
 def _tex_plain(cell):
     """A cell in characters that LaTeX has without a package; intervals with a dash, as they are narrower."""
-    text = re.sub(r"[^ -~À-ÖØ-öø-ÿ–—‘’“”]|[ÐÞðþ]", "?", _plain(cell))
+    text = re.sub(r"[^ -~À-ÖØ-öø-ÿ–—‘’“”]|[ÐÞðþ]", "?", plain_text(cell))
     text = text if len(text) <= 200 else text[:196] + " ..."
     return re.sub(r"(\d) to (\d)", r"\1–\2", text)
 

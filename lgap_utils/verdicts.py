@@ -6,7 +6,7 @@ import math
 
 import pandas as pd
 
-from .tables import FEW_IMAGES, _flags, _of
+from .tables import FEW_IMAGES, flags_of, of_images
 
 # ---------------------------------------------------------------- does the evaluation hold?
 
@@ -22,7 +22,7 @@ def audit(runs, *, defence="LGAP", stronger=(), eps_sweep=(), eps_zero=None, dou
     """
     if not runs:
         raise ValueError("an audit of no runs; expected at least one")
-    own = {name: _of(rows, defence, f"{name}: ") for name, (_, rows) in runs.items()}
+    own = {name: of_images(rows, defence, f"{name}: ") for name, (_, rows) in runs.items()}
     right = {
         name: rows.assign(right=rows["adversarial"] == rows["label"]).groupby("index")["right"]
         for name, rows in own.items()
@@ -112,7 +112,7 @@ def _no_weaker(right, weaker, strong):
 
 def _noticed(name, attack, rows):
     """What an attack noticed of itself, as checks of its own."""
-    autoattack, flags = attack.optimiser in ("autoattack", "square") and not attack.foreign, _flags(rows)
+    autoattack, flags = attack.optimiser in ("autoattack", "square") and not attack.foreign, flags_of(rows)
     if attack.foreign:
         yield (
             f"{name}: the attack's own flags",

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import torch
 
-from .files import CheckpointError, downloads, part_of
-from .hub import ask, check, offline, reason
+from .files import CheckpointError, downloads, temporary_path
+from .hub import check_reachable, explain, offline, verify_file
 
 
-def _tensors(file, again):
+def read_tensors(file, again):
     """What a pickle of tensors holds; one that holds anything else is refused, as opening it could run code."""
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
@@ -81,7 +81,7 @@ def _zoo():
     return {d.value: {t.value: entries for t, entries in threats.items()} for d, threats in zoo.items()}
 
 
-def _robustbench_entry(name):
+def robustbench_entry(name):
     """("cifar10", "Linf", "Standard") of "robustbench:cifar10/Linf/Standard"; raises ValueError, with the choices, for an unknown one."""
     dataset, threat, model = (name.removeprefix("robustbench:").split("/") + ["", ""])[:3]
     models = _zoo().get(dataset, {}).get(threat, {})
@@ -92,7 +92,7 @@ def _robustbench_entry(name):
     return dataset, threat, model
 
 
-def _robustbench_network(dataset, threat, model):
+def robustbench_network(dataset, threat, model):
     """The network of an entry, with random weights."""
     if (dataset, model) == (
         "imagenet",
@@ -109,7 +109,7 @@ def robustbench_file(dataset, threat, model):
     return downloads() / "robustbench" / dataset / threat / f"{model}.pt"
 
 
-def _load_robustbench(dataset, threat, model, read):
+def load_robustbench(dataset, threat, model, read):
     """As robustbench.utils.load_model, but the file is checked before torch opens it, and opened with weights_only."""
     file, source = robustbench_file(dataset, threat, model), f"{dataset}/{threat}/{model}.pt"
     page = robustbench_page(dataset, threat, model)
@@ -117,10 +117,10 @@ def _load_robustbench(dataset, threat, model, read):
     kept = file.is_file() or offline()
     with contextlib.nullcontext(file) if kept else _fetched(file, page) as found:
         again = f"fetch it again, or {by_hand}" if kept else f"try again, or {by_hand}, as {file}"
-        read.digests["robustbench"] = {source: check(found, "robustbench", source, again, kept=kept)}
+        read.digests["robustbench"] = {source: verify_file(found, "robustbench", source, again, kept=kept)}
         read.again = f"delete {file}, then {again}" if kept else again
-        saved = _tensors(found, read.again)
-        net = _robustbench_network(dataset, threat, model)
+        saved = read_tensors(found, read.again)
+        net = robustbench_network(dataset, threat, model)
         inner = net.model if dataset == "imagenet" and hasattr(net, "normalize") else net
         _take(inner, saved["state_dict"] if "state_dict" in saved else saved)
     return net
@@ -148,14 +148,14 @@ def _fetched(file, page):
     """`file` from a page, in a folder of its own: it takes its place only if all that is done with it goes well."""
     import gdown
 
-    part = part_of(file)
+    part = temporary_path(file)
     try:
         try:
             part.mkdir(parents=True)
-            ask(page)
+            check_reachable(page)
             gdown.download(url=page, output=str(part / file.name), quiet=False)
         except Exception as error:  # of the system, the hub's client, gdown and requests
-            cause, remedy = reason(error)
+            cause, remedy = explain(error)
             raise CheckpointError(
                 f"{file.name} could not be fetched from {page}: {cause}; {remedy}, or get it with a "
                 f"browser and put it at {file}"

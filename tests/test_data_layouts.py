@@ -12,9 +12,9 @@ import pytest
 import torch
 import torchvision
 from PIL import Image
-from test_data import FILES, KINDS, both, encoded, hub, imagenet, shards
+from test_data import FILES, KINDS, both, encoded, hub, imagenet_folder, shards
 
-from lgap_utils import data, imagenet, profiles
+from lgap_utils import data, data_files, imagenet, profiles
 from lgap_utils.data import at_hand, load_images, validate
 from lgap_utils.imagenet import imagenet_classes, imagenet_ids
 from lgap_utils.images import Images
@@ -173,8 +173,8 @@ def test_test_images_are_official_by_their_number_and_first_labels(unpacked, tmp
     assert not load_images("toy", "test", 1).official and not Images(*some()).official
 
 
-def test_imagenet_is_official_where_the_list_is_read(imagenet):
-    folder, names = imagenet
+def test_imagenet_is_official_where_the_list_is_read(imagenet_folder):
+    folder, names = imagenet_folder
     assert load_images("imagenet", "test", 2).official and load_images("imagenet", "test")[1:].official
     for name in names[:3]:
         (folder / name).unlink()
@@ -213,8 +213,8 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("new", LAYOUTS.values(), ids=LAYOUTS)
-def test_the_list_is_found_by_number_whatever_the_names(imagenet, new):
-    folder, names = imagenet
+def test_the_list_is_found_by_number_whatever_the_names(imagenet_folder, new):
+    folder, names = imagenet_folder
     expected = load_images("imagenet", "test")
     rename(folder, names, new)
     images = load_images("imagenet", "test")
@@ -226,8 +226,8 @@ def test_the_list_is_found_by_number_whatever_the_names(imagenet, new):
     assert not at_hand("imagenet")
 
 
-def test_of_two_layouts_at_once_it_is_said_which_was_read(imagenet):
-    folder, names = imagenet
+def test_of_two_layouts_at_once_it_is_said_which_was_read(imagenet_folder):
+    folder, names = imagenet_folder
     expected = load_images("imagenet", "test")
     for name in names:
         (folder / name[10:]).write_bytes(b"not read")
@@ -264,17 +264,17 @@ def test_a_folder_beside_the_hubs_shards_says_so(shards, tmp_path):
     ],
     ids=["another class", "another class in the name", "twice"],
 )
-def test_an_image_in_the_wrong_place_or_there_twice_is_refused(imagenet, change, says):
-    folder, names = imagenet
+def test_an_image_in_the_wrong_place_or_there_twice_is_refused(imagenet_folder, change, says):
+    folder, names = imagenet_folder
     change(folder, names[0])
     with pytest.raises(ValueError, match=says):
         load_images("imagenet", "test")
 
 
 @pytest.fixture
-def flat(imagenet):
+def flat(imagenet_folder):
     """Six images in one folder, none of the list, all of RobustBench's 5000: folder, each "class/name"."""
-    folder, names = imagenet
+    folder, names = imagenet_folder
     known = imagenet._packaged("robustbench", "helper_files/imagenet_test_image_ids.txt").split()[2048:2054]
     for old, new in zip(names, known):
         (folder / old).rename(folder / new[10:])
@@ -376,7 +376,7 @@ def test_a_folder_of_data_that_does_not_exist_is_named(tmp_path, monkeypatch, da
 
 def test_without_lgap_data_the_hub_is_asked(tmp_path, monkeypatch):
     monkeypatch.delenv("LGAP_DATA", raising=False)
-    monkeypatch.setattr(profiles, "data_root", lambda: tmp_path / "data")  # as in a fresh checkout
+    monkeypatch.setattr(data_files, "data_root", lambda: tmp_path / "data")  # as in a fresh checkout
     with pytest.raises(FileNotFoundError, match="uoft-cs/cifar10 "):
         load_images("cifar10", "test", 1)
 
@@ -391,8 +391,8 @@ SPOILT = {
 
 @pytest.mark.parametrize("spoil, fine", SPOILT.values(), ids=SPOILT)
 @pytest.mark.parametrize("dataset", ["cifar10", "cifar100", "imagenet"])
-def test_the_doctor_and_what_is_at_hand_agree_with_the_loader(hub, imagenet, dataset, spoil, fine):
-    file = imagenet[0] / imagenet[1][0] if dataset == "imagenet" else hub[0](dataset, "test")
+def test_the_doctor_and_what_is_at_hand_agree_with_the_loader(hub, imagenet_folder, dataset, spoil, fine):
+    file = imagenet_folder[0] / imagenet_folder[1][0] if dataset == "imagenet" else hub[0](dataset, "test")
     spoil(file)
     assert at_hand(dataset) == fine
     (found,) = doctor._data_sets([profile(dataset, n_images=1)])
@@ -409,9 +409,9 @@ def test_the_doctor_and_what_is_at_hand_agree_with_the_loader(hub, imagenet, dat
         assert "the profile asks" not in found.detail
 
 
-def test_a_damaged_image_that_the_profile_would_not_reach_first_is_named_all_the_same(imagenet):
+def test_a_damaged_image_that_the_profile_would_not_reach_first_is_named_all_the_same(imagenet_folder):
     """A link to nothing or an empty file anywhere in the list is found before a run starts."""
-    folder, names = imagenet
+    folder, names = imagenet_folder
     (folder / names[2]).write_bytes(b"")
     for n in (1, 2):
         with pytest.raises(ValueError, match=f"{names[2]} is empty; copy it again"):
@@ -435,13 +435,13 @@ def test_shards_that_are_no_parquet_are_not_at_hand(shards, tmp_path):
 
 @pytest.mark.parametrize("mode", ["I;16", "I", "F"])
 @pytest.mark.parametrize("dataset", ["cifar10", "imagenet"])
-def test_an_image_of_more_than_eight_bits_is_refused_by_name(hub, imagenet, tmp_path, dataset, mode):
+def test_an_image_of_more_than_eight_bits_is_refused_by_name(hub, imagenet_folder, tmp_path, dataset, mode):
     kind = {"I;16": np.uint16, "I": np.int32, "F": np.float32}[mode]
     wide = Image.fromarray(np.full((32, 32), 300, kind))
     file = tmp_path / "wide"
     wide.save(file, "TIFF")
     if dataset == "imagenet":
-        name = imagenet[0] / imagenet[1][0]
+        name = imagenet_folder[0] / imagenet_folder[1][0]
         name.write_bytes(file.read_bytes())
     else:
         name = f"{hub[0](dataset, 'test')}, row 0"
@@ -571,7 +571,7 @@ def test_own_images_can_be_sliced_and_keep_what_they_are():
     ],
     ids=str,
 )
-def test_numbers_of_images_that_cannot_be_are_refused(imagenet, error, settings, says):
+def test_numbers_of_images_that_cannot_be_are_refused(imagenet_folder, error, settings, says):
     for dataset in ("imagenet",) if "crop" in settings else ("toy", "imagenet"):
         with pytest.raises(error, match=says):
             load_images(dataset, "test", **settings)

@@ -15,7 +15,8 @@ import matplotlib.pyplot as plt
 import pytest
 import torch
 
-from lgap_utils import attacks, files, hub, models, profiles, zoo
+from lgap_utils import attacks, files, hub, models, protocols, zoo
+from lgap_utils.autoattack import Query
 from lgap_utils.defense import LatentPurifier
 from lgap_utils.profiles import PAPER, PROFILES, REVISIONS, ROOT
 from tools import cli as command
@@ -56,7 +57,7 @@ def said(argv, capsys):
 def online(monkeypatch):
     """Servers that answer, and would send every file."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-    monkeypatch.setattr(hub, "ask", lambda url: None)
+    monkeypatch.setattr(hub, "check_reachable", lambda url: None)
 
 
 # ---------------------------------------------------------------- what is there, and what is not
@@ -110,7 +111,7 @@ def test_a_host_that_does_not_answer_is_told_and_a_gated_one_that_refuses(online
         if "huggingface" not in url:
             raise ConnectionRefusedError(111, "refused")
 
-    monkeypatch.setattr(hub, "ask", ask)
+    monkeypatch.setattr(hub, "check_reachable", ask)
     checks = doctor.examine("paper")
     ((state, detail),) = found(checks, "network")
     assert (
@@ -328,7 +329,7 @@ def counted(monkeypatch):
 
     def autoattack(model, x, y, *, keys, n_queries=0, n_eot=1, record=None, **_):
         for i in range(len(x)) if isinstance(model, attacks.View) else ():
-            ask = autoattack.Query(model, keys[[i]], n_eot)
+            ask = Query(model, keys[[i]], n_eot)
             for _ in range(n_queries):
                 ask(x[i : i + 1])
         record.broke_at, record.bad_gradients, record.flags = [-1] * len(x), [0] * len(x), [""] * len(x)
@@ -336,7 +337,7 @@ def counted(monkeypatch):
 
     monkeypatch.setattr(models.Captioner, "forward", caption)
     monkeypatch.setattr(LatentPurifier, "forward", forward)
-    monkeypatch.setattr(autoattack, "autoattack", autoattack)
+    monkeypatch.setattr(protocols, "autoattack", autoattack)
     return counts
 
 
@@ -389,7 +390,7 @@ def run_cells(path, profile):
 
 
 def test_hours_come_from_rows_of_this_device_alone(monkeypatch, tmp_path):
-    monkeypatch.setattr(profiles, "ROOT", tmp_path)
+    monkeypatch.setattr(doctor, "ROOT", tmp_path)
     (tmp_path / "paper").mkdir()
     row = {
         "device": doctor.device_name("cpu"),

@@ -20,11 +20,11 @@ import pytest
 import torch
 from PIL import Image
 
-from lgap_utils import baselines, defense, evaluate, results, rows, tables
+from lgap_utils import baselines, evaluate, results, rows, tables
 from lgap_utils.baselines import with_purifier
 from lgap_utils.defense import LGAP
 from lgap_utils.evaluate import Evaluation, purified_pixels, purify_rows
-from lgap_utils.files import one_writer, write_whole
+from lgap_utils.files import folder_lock, write_whole
 from lgap_utils.identity import identity, named
 from lgap_utils.images import Images
 from lgap_utils.noise import Keys, generator, seed_of
@@ -70,7 +70,7 @@ def some_images(n=8):
 def evaluation(folder, images=None, purifier=None, batch_size=8, config=None, **settings):
     target = LGAP(words, purifier or Noisy(), net)
     return Evaluation(
-        {"LGAP": target, "undefended": with_purifier(target, baselines.nothing())},
+        {"LGAP": target, "undefended": with_purifier(target, baselines.undefended())},
         some_images() if images is None else images,
         folder,
         config=config or {"weights": "1"},
@@ -167,7 +167,10 @@ def test_an_attack_that_gives_no_images_is_named(tmp_path, answer, says):
 def test_rows_of_a_classifier_that_answers_with_probabilities_are_flagged(tmp_path):
     soft = named(lambda x: net(x).softmax(1), "softmax")
     run = Evaluation(
-        {"soft": LGAP(words, baselines.nothing(), soft), "plain": LGAP(words, baselines.nothing(), net)},
+        {
+            "soft": LGAP(words, baselines.undefended(), soft),
+            "plain": LGAP(words, baselines.undefended(), net),
+        },
         some_images(),
         tmp_path,
         config={},
@@ -186,9 +189,9 @@ def test_a_number_of_draws_that_is_none_is_refused(tmp_path, n_draws):
     "names, apart", [(("атака", "攻撃"), True), (("", "?"), True), (("A b", "A  b"), False)]
 )
 def test_attacks_are_told_apart_whatever_their_names_are_written_in(names, apart):
-    first, second = map(evaluate.slug, names)
+    first, second = map(evaluate.folder_name, names)
     assert first and second and re.fullmatch("[a-z0-9-]+", first + second) and (first != second) == apart
-    assert evaluate.slug("blind PGD-40") == "blind-pgd-40"
+    assert evaluate.folder_name("blind PGD-40") == "blind-pgd-40"
 
 
 # ---------------------------------------------------------------- what a row says
@@ -282,9 +285,9 @@ def test_running_out_of_memory_changes_no_row(unbroken, tmp_path):
             return super().__call__(x, captions, keys)
 
     run = evaluation(tmp_path, purifier=Small(), batch_size=8)
-    assert run.room.size == 8
+    assert run.batch_size.size == 8
     small = run.run(ATTACK)
-    assert run.room.size <= 2 and same(small, unbroken[1])
+    assert run.batch_size.size <= 2 and same(small, unbroken[1])
 
 
 def test_a_block_is_attacked_as_a_whole_or_not_at_all(quick, tmp_path):
@@ -384,7 +387,7 @@ def test_rows_of_another_attack_target_or_method_are_refused(copied, monkeypatch
             n_draws=3,
             seed=5,
         ).run(ATTACK)
-    monkeypatch.setattr(defense, "METHOD", 2)
+    monkeypatch.setattr(evaluate, "METHOD", 2)
     with pytest.raises(ValueError, match="method: there 3, here 2"):
         evaluation(copied).run(ATTACK)
 
@@ -602,7 +605,7 @@ def results_of(table, folder):
 
 def test_killed_at_twenty_random_moments_and_resumed_it_ends_with_the_same_results(unbroken, tmp_path):
     """Moments are counted in lines that ran, not in seconds, so that they are the same on any machine."""
-    context, pick, killed, finished = multiprocessing.get_context("forkserver"), random.Random(0), 0, 0
+    context, pick, killed, finished = multiprocessing.get_context("forkserver"), random.Random(1), 0, 0
     half = run_until(tmp_path / "unbroken") // 2
     context.set_forkserver_preload(
         ["lgap_utils.evaluate", "pyarrow.parquet", "pytest"]
@@ -664,7 +667,7 @@ def test_a_folder_that_another_writes_into_is_waited_for_and_nothing_is_done_twi
     unbroken, tmp_path, capsys
 ):
     first = Noisy()
-    with one_writer(tmp_path / "bpda-3-2-draws"):
+    with folder_lock(tmp_path / "bpda-3-2-draws"):
         second, found = Noisy(), []
         thread = threading.Thread(
             target=lambda: found.append(evaluation(tmp_path, purifier=second).run(ATTACK))
@@ -776,7 +779,7 @@ def test_purified_images_of_two_at_once_or_of_overlapping_shards_are_each_there_
 # ---------------------------------------------------------------- cheap purifiers
 
 BASELINES = {
-    "nothing": lambda p: baselines.nothing(),
+    "nothing": lambda p: baselines.undefended(),
     "resized": lambda p: baselines.resized(16),
     "blur": lambda p: baselines.blur(2),
     "jpeg": lambda p: baselines.jpeg(50),
@@ -869,7 +872,7 @@ def test_beside_stand_all_of_them_with_the_defence_first(defense, images):
 
 
 def test_another_purifier_stands_before_the_same_classifier_and_captions_nothing(defense, images):
-    other = with_purifier(defense, baselines.nothing())
+    other = with_purifier(defense, baselines.undefended())
     assert other.caption(images.x[:3]) == [""] * 3 and other.classes == defense.classes
     with torch.no_grad():
         assert torch.equal(other(images.x[:3]), defense.classify(images.x[:3]))

@@ -18,7 +18,7 @@ import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
 from lgap_utils import figures, files, tables
-from lgap_utils.files import one_writer
+from lgap_utils.files import folder_lock
 from lgap_utils.profiles import ROOT
 from lgap_utils.rows import Rows
 
@@ -31,7 +31,7 @@ def refused(folder):
 
     def ask():
         try:
-            with one_writer(folder):
+            with folder_lock(folder):
                 said.append(None)
         except BlockingIOError as error:
             said.append(str(error))
@@ -42,9 +42,9 @@ def refused(folder):
     return said[0]
 
 
-def test_a_folder_has_one_writer_and_who_waits_says_so(tmp_path, capsys):
+def test_a_folder_has_folder_lock_and_who_waits_says_so(tmp_path, capsys):
     folder = tmp_path / "new" / "rows"
-    with one_writer(folder), one_writer(folder):  # the same thread may ask again
+    with folder_lock(folder), folder_lock(folder):  # the same thread may ask again
         assert refused(folder) == (
             f"another process writes into {folder}; wait for it, or choose another folder with LGAP_OUTPUTS"
         )
@@ -55,11 +55,11 @@ def test_a_folder_has_one_writer_and_who_waits_says_so(tmp_path, capsys):
 
     def wait():
         entered.set()
-        with one_writer(folder, wait=True):
+        with folder_lock(folder, wait=True):
             waited.append(len(released))
 
     released, thread = [], threading.Thread(target=wait)
-    with one_writer(folder):
+    with folder_lock(folder):
         thread.start()
         entered.wait()
         said = ""
@@ -84,7 +84,7 @@ def test_a_file_system_without_locks_is_named_once_and_stops_nothing(
     files._say_once.cache_clear()
     ran = 0
     for _ in range(2):
-        with one_writer(tmp_path, wait):
+        with folder_lock(tmp_path, wait):
             ran += 1
     assert ran == 2 and capsys.readouterr().out.count("this file system has no locks") == 1
 
@@ -92,10 +92,10 @@ def test_a_file_system_without_locks_is_named_once_and_stops_nothing(
 def test_a_folder_that_cannot_be_made_is_told(tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(OSError, match="file/rows cannot be written into .Not a directory.; choose another"):
-        with one_writer(tmp_path / "file" / "rows"):
+        with folder_lock(tmp_path / "file" / "rows"):
             pass
     with pytest.raises(KeyError):  # the caller's own is passed on, and the folder is free again
-        with one_writer(tmp_path / "rows"):
+        with folder_lock(tmp_path / "rows"):
             raise KeyError
     assert refused(tmp_path / "rows") is None
 
@@ -225,7 +225,7 @@ def start(folder, outputs):
     """The runner as run_all.sh starts it, on the notebooks of `folder`; it asks no doctor."""
     script = textwrap.dedent(f"""
         import functools, pathlib, signal
-        from lgap_utils import runner
+        from tools import runner
         signal.signal(signal.SIGINT, signal.default_int_handler)    # whoever started the tests may ignore Ctrl-C
         runner.ready = lambda *_: True
         runner.main = functools.partial(runner.main, [], pathlib.Path({str(folder)!r}))
@@ -285,7 +285,7 @@ def test_a_signal_ends_run_and_kernel_and_says_how_to_go_on(number, tmp_path):
             "run the same command again to go on from there\n"
         )
     wait_for(lambda: not processes_of(outputs))  # a kernel looks for its parent once a second
-    with one_writer(outputs / "toy"):
+    with folder_lock(outputs / "toy"):
         pass
 
 

@@ -17,7 +17,7 @@ from stand_ins import in_cache
 
 from lgap_utils import experiment, files, hub, models, profiles, zoo
 from lgap_utils.files import CheckpointError, sha256
-from lgap_utils.hub import check, locked, reason, record, snapshot
+from lgap_utils.hub import explain, lock_entries, record_digests, snapshot, verify_file
 from lgap_utils.profiles import REVISIONS
 
 ENTRY = "robustbench:cifar10/Linf/Standard"
@@ -81,24 +81,26 @@ def test_the_committed_lock_file_names_what_the_paper_profile_reads():
 def test_a_digest_is_recorded_after_its_model_has_loaded_and_checked_ever_after(tmp_path, capsys):
     file = tmp_path / "weights.bin"
     file.write_bytes(b"first")
-    entry = check(file, "here@1", "weights.bin", "fetch it again")
+    entry = verify_file(file, "here@1", "weights.bin", "fetch it again")
     assert (
-        entry == {"sha256": sha256(file), "size": 5} and locked("here@1") == {}
+        entry == {"sha256": sha256(file), "size": 5} and lock_entries("here@1") == {}
     )  # looking at a file records nothing
-    record("here@1", {"weights.bin": entry})
+    record_digests("here@1", {"weights.bin": entry})
     assert "first use of here@1, recorded in lock.json: weights.bin sha256" in capsys.readouterr().out
-    assert locked("here@1")["weights.bin"] == entry
-    record("here@1", {"weights.bin": entry | {"sha256": "0" * 64}})
-    assert locked("here@1")["weights.bin"] == entry and not capsys.readouterr().out  # what is known stays
-    assert check(file, "here@1", "weights.bin", "fetch it again") == entry
+    assert lock_entries("here@1")["weights.bin"] == entry
+    record_digests("here@1", {"weights.bin": entry | {"sha256": "0" * 64}})
+    assert (
+        lock_entries("here@1")["weights.bin"] == entry and not capsys.readouterr().out
+    )  # what is known stays
+    assert verify_file(file, "here@1", "weights.bin", "fetch it again") == entry
     file.write_bytes(b"other")
     with pytest.raises(
         CheckpointError,
         match=f"{file} is damaged: sha256 .*, 5 bytes, expected 5 bytes, expected sha256 .*; "
         f"delete {file}, then fetch it again",
     ):
-        check(file, "here@1", "weights.bin", "fetch it again")
-    assert locked("here@2") == {}
+        verify_file(file, "here@1", "weights.bin", "fetch it again")
+    assert lock_entries("here@2") == {}
 
 
 @pytest.mark.parametrize("length, digest", [(4, True), (4, False), (6, False)])
@@ -110,7 +112,7 @@ def test_a_size_that_is_known_is_compared_while_the_digest_is_not(tmp_path, leng
         CheckpointError,
         match=f"is damaged: (sha256 .*, )?{length} bytes, expected 5 bytes; delete {file}, then fetch",
     ):
-        check(file, "here@1", "weights.bin", "fetch it again", digest)
+        verify_file(file, "here@1", "weights.bin", "fetch it again", digest)
 
 
 @pytest.mark.parametrize(
@@ -122,7 +124,7 @@ def test_what_is_no_file_is_refused(tmp_path, content, words):
     if content is not None:
         file.write_bytes(content)
     with pytest.raises(CheckpointError, match=words):
-        check(file, "here@1", "weights.bin", "fetch it again")
+        verify_file(file, "here@1", "weights.bin", "fetch it again")
     assert (tmp_path / "lock.json").read_text() == "{}"
 
 
@@ -135,25 +137,26 @@ def test_a_file_that_the_hub_named_by_its_digest_must_have_it(tmp_path):
         CheckpointError,
         match=f"is damaged: sha256 .*, expected what the hub called {blob}; delete {blob}, then",
     ):
-        check(tmp_path / "weights.bin", "here@1", "weights.bin", "fetch it again")
+        verify_file(tmp_path / "weights.bin", "here@1", "weights.bin", "fetch it again")
 
 
 def test_a_lock_file_that_cannot_be_read_or_written_is_said(tmp_path, monkeypatch, capsys):
     (tmp_path / "weights.bin").write_bytes(b"x")
     (tmp_path / "lock.json").write_text("{")
     with pytest.raises(CheckpointError, match="lock.json is not JSON; restore it"):
-        check(tmp_path / "weights.bin", "here@1", "weights.bin", "fetch it again")
+        verify_file(tmp_path / "weights.bin", "here@1", "weights.bin", "fetch it again")
     monkeypatch.setenv("LGAP_LOCK", str(tmp_path / "none" / "lock.json"))
     with pytest.raises(
         CheckpointError,
         match="none/lock.json is not there; restore it .*, or copy it to where LGAP_LOCK says",
     ):
-        check(tmp_path / "weights.bin", "here@1", "weights.bin", "fetch it again")
+        verify_file(tmp_path / "weights.bin", "here@1", "weights.bin", "fetch it again")
     (tmp_path / "none").mkdir()
     (tmp_path / "none" / "lock.json").write_text("{}")
-    monkeypatch.setattr(files, "write_whole", lambda *_: (_ for _ in ()).throw(OSError("a full disk")))
-    record(
-        "here@1", {"weights.bin": check(tmp_path / "weights.bin", "here@1", "weights.bin", "fetch it again")}
+    monkeypatch.setattr(hub, "write_whole", lambda *_: (_ for _ in ()).throw(OSError("a full disk")))
+    record_digests(
+        "here@1",
+        {"weights.bin": verify_file(tmp_path / "weights.bin", "here@1", "weights.bin", "fetch it again")},
     )
     assert "could not be recorded (a full disk)" in capsys.readouterr().out
 
@@ -183,7 +186,7 @@ def test_blip_comes_from_the_hubs_cache_and_is_converted_once(blip, defense, ima
     in_cache(tmp_path / "cache", REPOSITORY, REVISION, blip)
     captioner = models.load_captioner(REPOSITORY, device="cpu")
     assert captioner(images.x) == defense.captioner(images.x)
-    assert set(locked(f"{REPOSITORY}@{REVISION}")) == {p.name for p in blip.iterdir()}
+    assert set(lock_entries(f"{REPOSITORY}@{REVISION}")) == {p.name for p in blip.iterdir()}
     (converted,) = (tmp_path / "cache" / "converted").iterdir()
     assert converted.name == sha256(blip / "pytorch_model.bin")[:16] and not list(converted.glob("*.bin"))
     before = (converted / "model.safetensors").stat()
@@ -211,7 +214,7 @@ def test_two_that_convert_at_once_both_end_well(blip, defense, images, tmp_path,
         summed(part)
         shutil.copytree(part, part.parent / sha256(blip / "pytorch_model.bin")[:16])
 
-    monkeypatch.setattr(files, "write_checksums", other_is_first)
+    monkeypatch.setattr(models, "write_checksums", other_is_first)
     assert models.load_captioner(REPOSITORY, device="cpu")(images.x) == defense.captioner(images.x)
     assert [folder.suffix for folder in (tmp_path / "cache" / "converted").iterdir()] == [
         ""
@@ -219,19 +222,19 @@ def test_two_that_convert_at_once_both_end_well(blip, defense, images, tmp_path,
 
 
 def test_no_two_writers_have_the_same_name_for_what_is_not_whole_yet(tmp_path):
-    assert len({files.part_of(tmp_path / "weights.bin") for _ in range(100)}) == 100
+    assert len({files.temporary_path(tmp_path / "weights.bin") for _ in range(100)}) == 100
 
 
 def test_a_conversion_that_fails_leaves_nothing(blip, tmp_path, monkeypatch):
     in_cache(tmp_path / "cache", REPOSITORY, REVISION, blip)
     monkeypatch.setattr(
-        files, "write_checksums", lambda part: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+        models, "write_checksums", lambda part: (_ for _ in ()).throw(OSError(28, "No space left on device"))
     )
     with pytest.raises(CheckpointError, match="No space left on device"):
         models.load_captioner(REPOSITORY, device="cpu")
     assert not list((tmp_path / "cache" / "converted").iterdir())
     assert all(
-        entry["sha256"] is None for entry in locked(f"{REPOSITORY}@{REVISION}").values()
+        entry["sha256"] is None for entry in lock_entries(f"{REPOSITORY}@{REVISION}").values()
     )  # it has not loaded whole
 
 
@@ -256,7 +259,7 @@ def test_a_spoilt_file_in_the_hubs_cache_is_refused_by_name(blip, tmp_path, faul
     shutil.rmtree(tmp_path / "cache" / "converted")
     file = (spoilt / "pytorch_model.bin").resolve() if fault != "missing" else spoilt / "pytorch_model.bin"
     FAULTS[fault](file)
-    expected = locked(f"{REPOSITORY}@{REVISION}")["pytorch_model.bin"]["sha256"]
+    expected = lock_entries(f"{REPOSITORY}@{REVISION}")["pytorch_model.bin"]["sha256"]
     with pytest.raises(
         CheckpointError, match=f"pytorch_model.bin .*expected sha256 {expected[:16]}.*; .*fetch it again"
     ) as refused:
@@ -302,11 +305,11 @@ def test_rows_know_the_digests_of_the_models_they_came_from(blip, tmp_path):
     """A download that changed, or another commit, is another configuration, whose rows are not mixed in."""
     in_cache(tmp_path / "cache", REPOSITORY, REVISION, blip)
     models.load_captioner(REPOSITORY, device="cpu")
-    found = experiment.digests(REPOSITORY)
+    found = experiment.file_digests(REPOSITORY)
     assert found["from"] == f"{REPOSITORY}@{REVISION}" and found["pytorch_model.bin"] == sha256(
         blip / "pytorch_model.bin"
     )
-    assert experiment.digests(REPOSITORY, "1" * 40) == {"from": f"{REPOSITORY}@{'1' * 40}"}
+    assert experiment.file_digests(REPOSITORY, "1" * 40) == {"from": f"{REPOSITORY}@{'1' * 40}"}
 
 
 # ---------------------------------------------------------------- RobustBench
@@ -332,7 +335,7 @@ def test_robustbenchs_file_is_loaded_as_robustbench_loads_it(standard, images, t
     with torch.no_grad():
         assert torch.allclose(ours(images.x[:2]), theirs(images.x[:2]), atol=1e-4)
     assert type(ours) is type(theirs) and sum(p.numel() for p in ours.parameters()) == 36_479_194
-    assert locked("robustbench")["cifar10/Linf/Standard.pt"]["sha256"] == sha256(standard)
+    assert lock_entries("robustbench")["cifar10/Linf/Standard.pt"]["sha256"] == sha256(standard)
 
     # fine-tuned and saved, it is loaded with the same architecture and nothing is fetched
     standard.unlink()
@@ -346,7 +349,9 @@ def test_robustbenchs_file_is_loaded_as_robustbench_loads_it(standard, images, t
 @pytest.mark.parametrize("fault", [*FAULTS, "another architecture"])
 def test_a_spoilt_robustbench_file_is_refused_by_name(standard, tmp_path, fault):
     expected = sha256(standard)
-    record("robustbench", {"cifar10/Linf/Standard.pt": {"sha256": expected, "size": standard.stat().st_size}})
+    record_digests(
+        "robustbench", {"cifar10/Linf/Standard.pt": {"sha256": expected, "size": standard.stat().st_size}}
+    )
     if fault == "another architecture":
         torch.save({"state_dict": zoo.new_wide_resnet(10, 1, 10).state_dict()}, standard)
         (tmp_path / "lock.json").write_text("{}")
@@ -445,8 +450,8 @@ def test_an_unknown_entry_is_refused_with_the_choices():
 
 
 def test_a_download_takes_its_place_only_when_it_has_passed(tmp_path, monkeypatch):
-    monkeypatch.setattr(hub, "offline", lambda: False)
-    monkeypatch.setattr(hub, "ask", lambda url: None)
+    monkeypatch.setattr(zoo, "offline", lambda: False)
+    monkeypatch.setattr(zoo, "check_reachable", lambda url: None)
     monkeypatch.setattr(
         "gdown.download", lambda url, output, quiet: Path(output).write_text("<html>quota exceeded</html>")
     )
@@ -690,7 +695,7 @@ def test_weights_of_another_size_are_told_by_name(profile, tmp_path, part):
 def test_every_kind_of_failure_has_its_reason(error, words):
     for each in (error, wrapped(error)):
         if each is error or not isinstance(error, RuntimeError):
-            cause, remedy = reason(each)
+            cause, remedy = explain(each)
             assert words in cause and remedy and "\n" not in cause + remedy
 
 

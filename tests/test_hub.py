@@ -20,7 +20,7 @@ from huggingface_hub.utils import _http
 
 from lgap_utils import data, hub, imagenet, models, zoo
 from lgap_utils.files import CheckpointError, sha256
-from lgap_utils.hub import locked
+from lgap_utils.hub import lock_entries
 from lgap_utils.profiles import PAPER, REVISIONS, ROOT
 from tools import doctor
 
@@ -120,7 +120,7 @@ def test_the_papers_models_and_data_come_over_http(served, defense, images, tmp_
     assert captioner()(images.x) == defense.captioner(images.x)
     said = capsys.readouterr().out
     assert f"first use of {SOURCE}, recorded in lock.json: config.json sha256" in said
-    assert {entry["sha256"] is None for entry in locked(SOURCE).values()} == {False}
+    assert {entry["sha256"] is None for entry in lock_entries(SOURCE).values()} == {False}
     purifier = diffusion()
     assert purifier.vae.config.block_out_channels == defense.purifier.vae.config.block_out_channels
     read = data.load_images("cifar10", "test")
@@ -193,7 +193,7 @@ def test_a_file_that_comes_by_halves_or_as_another_page_is_not_kept(served, faul
     with pytest.raises(CheckpointError) as refused:
         captioner()
     one_sentence(refused, SOURCE, served.url, words, "try again")
-    assert locked(SOURCE)["config.json"]["sha256"] is None and not list(tmp_path.rglob("*.incomplete"))
+    assert lock_entries(SOURCE)["config.json"]["sha256"] is None and not list(tmp_path.rglob("*.incomplete"))
     served.faults = {}
     captioner()
 
@@ -206,7 +206,7 @@ def test_a_bit_that_flips_on_the_way_is_seen_before_any_digest_is_known(served, 
     said = one_sentence(
         refused, f"{file} is damaged: sha256", "expected what the hub called", "then fetch it again"
     )
-    assert locked(SOURCE)[file]["sha256"] is None
+    assert lock_entries(SOURCE)[file]["sha256"] is None
     served.faults = {}
     as_it_says(said)
     captioner()
@@ -272,7 +272,7 @@ def test_deleting_what_the_message_names_mends_a_damaged_cache(served, tmp_path,
     DAMAGES[damage](link.resolve())
     with pytest.raises(CheckpointError) as refused:
         captioner()
-    expected = locked(SOURCE)[file]
+    expected = lock_entries(SOURCE)[file]
     said = one_sentence(
         refused, str(link), f"expected sha256 {expected['sha256'][:16]}", "then fetch it again"
     )
@@ -302,7 +302,7 @@ def test_a_full_disk_and_a_read_only_one(served, tmp_path, mount, words):
         pytest.skip("there is no unshare here, with which a file system of its own could be mounted")
     (tmp_path / "cache").mkdir()
     script = (
-        "from lgap_utils.files import CheckpointError, snapshot\n"
+        "from lgap_utils.files import CheckpointError\nfrom lgap_utils.hub import snapshot\n"
         f"try: snapshot({BLIP!r}, {REVISIONS[BLIP]!r}, ['*'])\n"
         "except CheckpointError as error: print(error)"
     )
@@ -377,8 +377,8 @@ def standard(served, monkeypatch):
     net = zoo.new_wide_resnet(10, 1, 10)
     file = io.BytesIO()
     torch.save({"state_dict": net.state_dict()}, file)
-    hub.pages["/Standard.pt"] = file.getvalue()
-    monkeypatch.setattr(zoo, "_robustbench_network", lambda *_: zoo.new_wide_resnet(10, 1, 10))
+    served.pages["/Standard.pt"] = file.getvalue()
+    monkeypatch.setattr(zoo, "robustbench_network", lambda *_: zoo.new_wide_resnet(10, 1, 10))
     monkeypatch.setattr(zoo, "robustbench_page", lambda *_: page(served))
     set_lock(None, None)
     return zoo.robustbench_file("cifar10", "Linf", "Standard")
@@ -390,9 +390,7 @@ def page(served):
 
 
 def set_lock(digest, size):
-    lock = json.loads(served.lock_file().read_text()) | {
-        "robustbench": {NAME: {"sha256": digest, "size": size}}
-    }
+    lock = json.loads(hub.lock_file().read_text()) | {"robustbench": {NAME: {"sha256": digest, "size": size}}}
     hub.lock_file().write_text(json.dumps(lock))
 
 
@@ -413,7 +411,7 @@ PAGES = {
 
 @pytest.mark.parametrize("fault", PAGES)
 def test_a_file_of_robustbenchs_that_does_not_come_names_page_file_and_folder(served, standard, fault):
-    whole = hub.pages["/Standard.pt"]
+    whole = served.pages["/Standard.pt"]
     if fault == "flipped":
         set_lock(hashlib.sha256(whole).hexdigest(), len(whole))
     served.faults = {"GET /Standard.pt": fault}
@@ -424,7 +422,7 @@ def test_a_file_of_robustbenchs_that_does_not_come_names_page_file_and_folder(se
     served.faults = {}
     load_standard()
     assert [p.name for p in standard.parent.iterdir()] == ["Standard.pt"]
-    assert locked("robustbench")[NAME] == {"sha256": sha256(standard), "size": len(whole)}
+    assert lock_entries("robustbench")[NAME] == {"sha256": sha256(standard), "size": len(whole)}
 
 
 def test_nobody_at_the_address(served, standard, monkeypatch):
@@ -437,7 +435,7 @@ def test_nobody_at_the_address(served, standard, monkeypatch):
 @pytest.mark.parametrize("size", [None, "known"])
 def test_half_a_file_is_never_the_truth(served, standard, size):
     """With nothing known of it, the load tells; with the size alone known, that does."""
-    whole = hub.pages["/Standard.pt"]
+    whole = served.pages["/Standard.pt"]
     set_lock(None, size and len(whole))
     standard.parent.mkdir(parents=True)
     standard.write_bytes(whole[: len(whole) // 2])
@@ -446,10 +444,10 @@ def test_half_a_file_is_never_the_truth(served, standard, size):
     said = one_sentence(
         refused, str(standard), f"expected {len(whole):,} bytes" if size else "is refused", page(served)
     )
-    assert locked("robustbench")[NAME]["sha256"] is None and "weights_only" not in said
+    assert lock_entries("robustbench")[NAME]["sha256"] is None and "weights_only" not in said
     as_it_says(said)
     load_standard()
-    assert locked("robustbench")[NAME]["sha256"] == hashlib.sha256(whole).hexdigest()
+    assert lock_entries("robustbench")[NAME]["sha256"] == hashlib.sha256(whole).hexdigest()
 
 
 # ---------------------------------------------------------------- the doctor
@@ -467,7 +465,7 @@ def doctor_of(what, name="toy", **settings):
 def test_the_doctor_asks_about_each_file_and_fetches_nothing(served, tmp_path):
     state, detail = doctor_of("captioner")
     assert state == "to fetch" and detail.endswith(f", from {served.url}")
-    files_of = set(locked(SOURCE))
+    files_of = set(lock_entries(SOURCE))
     assert {request.split("/")[-1] for request in served.asked if BLIP in request} == files_of
     assert {request.split()[0] for request in served.asked if BLIP in request} == {"HEAD"} and not (
         tmp_path / "cache"
@@ -508,7 +506,7 @@ def test_doctor_and_loader_go_through_the_same_proxy(served, monkeypatch, images
     address(monkeypatch, "http://hub.invalid")
     assert doctor_of("captioner")[0] == "to fetch"
     monkeypatch.setattr(zoo, "robustbench_page", lambda *_: "http://drive.invalid/Standard.pt")
-    hub.pages["/Standard.pt"] = b"x"
+    served.pages["/Standard.pt"] = b"x"
     assert doctor_of("classifier", classifier=ENTRY)[0] == "to fetch"
     assert len(captioner()(images.x)) == len(images)
 
@@ -531,15 +529,16 @@ def test_the_doctor_agrees_with_the_loader_about_the_cache(served, tmp_path, dam
 def test_the_environment_alone_is_enough(served, tmp_path):
     """HF_ENDPOINT and an empty HF_HOME, in a process of its own: doctor, fetch, doctor."""
     script = f"""
-from lgap_utils import doctor, files
+from lgap_utils.hub import snapshot
 from lgap_utils.profiles import PAPER
+from tools import doctor
 look = lambda: [c.state for c in doctor.examine("toy", captioner=PAPER.captioner, dataset="toy") if c.what == "captioner"]
-print(look(), len(files.snapshot({BLIP!r}, {REVISIONS[BLIP]!r}, ["*"])[1]), look())
+print(look(), len(snapshot({BLIP!r}, {REVISIONS[BLIP]!r}, ["*"])[1]), look())
 """
     env = os.environ | {"HF_ENDPOINT": served.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
     env.pop("LGAP_CACHE")
     ran = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=env, capture_output=True, text=True)
-    assert ran.stdout.splitlines()[-1:] == [f"['to fetch'] {len(locked(SOURCE))} ['ok']"], (
+    assert ran.stdout.splitlines()[-1:] == [f"['to fetch'] {len(lock_entries(SOURCE))} ['ok']"], (
         ran.stdout + ran.stderr
     )
     assert list((tmp_path / "home" / "hub").glob("models--*"))

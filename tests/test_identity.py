@@ -14,7 +14,7 @@ import torch
 
 from lgap_utils import baselines, data, experiment, models
 from lgap_utils.defense import LGAP
-from lgap_utils.evaluate import Evaluation, described, purify_rows
+from lgap_utils.evaluate import Evaluation, describe_defense, purify_rows
 from lgap_utils.identity import identity, named, state_digest, unnamed_in
 from lgap_utils.images import Images
 from lgap_utils.noise import generator
@@ -39,7 +39,7 @@ no_words = named(no_words, "no words")
 
 def rows_of(folder, classifier=None, purifier=None, captioner=no_words, attack=NATURAL):
     defense = LGAP(
-        captioner, purifier or baselines.nothing(), classifier or named(constant(1), "one"), IMAGES.classes
+        captioner, purifier or baselines.undefended(), classifier or named(constant(1), "one"), IMAGES.classes
     )
     return Evaluation({"LGAP": defense}, IMAGES, folder, config={}).run(attack)["adversarial"].tolist()
 
@@ -113,7 +113,7 @@ def test_so_it_is_with_purifiers_and_captioners(tmp_path, part):
 def test_a_changed_attribute_of_the_same_object_is_seen(tmp_path):
     for part in (Fixed(2), Told(2)):
         run = Evaluation(
-            {"LGAP": LGAP(no_words, baselines.nothing(), part, IMAGES.classes)},
+            {"LGAP": LGAP(no_words, baselines.undefended(), part, IMAGES.classes)},
             IMAGES,
             tmp_path / type(part).__name__,
             config={},
@@ -148,7 +148,7 @@ def test_a_named_part_is_resumed_by_another_process_and_an_unnamed_one_is_not(tm
 
 
 def test_a_part_that_is_exchanged_between_two_runs_of_one_evaluation_is_run_anew(tmp_path):
-    defense = LGAP(no_words, baselines.nothing(), constant(1), IMAGES.classes)
+    defense = LGAP(no_words, baselines.undefended(), constant(1), IMAGES.classes)
     run = Evaluation({"LGAP": defense}, IMAGES, tmp_path, config={})
     for label in (1, 3):
         defense.classifier = constant(label)
@@ -158,7 +158,9 @@ def test_a_part_that_is_exchanged_between_two_runs_of_one_evaluation_is_run_anew
 def test_what_is_made_of_an_unnamed_part_is_unnamed(defense):
     heir = copy.deepcopy(defense.purifier)
     heir.__class__ = type("Heir", (type(heir),), {})
-    told = {"LGAP": described(LGAP(no_words, baselines.without_caption(heir), named(constant(1), "one")))}
+    told = {
+        "LGAP": describe_defense(LGAP(no_words, baselines.without_caption(heir), named(constant(1), "one")))
+    }
     assert unnamed_in(told) == ["purifier of 'LGAP' (Heir)"]
 
 
@@ -214,7 +216,7 @@ def test_fine_tuning_never_takes_pixels_of_another_purifier(profile, tmp_path, m
     for level in (0.25, 0.75):
         part = lambda x, captions, keys, level=level: torch.full_like(x, level)
         own = models.load_defense(profile, captioner=no_words, purifier=part, device="cpu")
-        table = experiment.purified(profile, own, images, "03_train_toy")
+        table = experiment.purified_rows(profile, own, images, "03_train_toy")
         assert {value for pixels in table["purified"] for value in pixels} == {round(255 * level)}
 
 
@@ -228,7 +230,7 @@ def test_a_defence_of_ones_own_class_is_another_defence(tmp_path):
         lambda x: torch.nn.functional.one_hot((9 * x.amax((1, 2, 3))).long(), 10).float(), "brightest"
     )
     found = [
-        Evaluation({"LGAP": kind(no_words, baselines.nothing(), part)}, IMAGES, tmp_path, config={}).run(
+        Evaluation({"LGAP": kind(no_words, baselines.undefended(), part)}, IMAGES, tmp_path, config={}).run(
             NATURAL
         )
         for kind in (LGAP, Doubled)
@@ -258,7 +260,7 @@ def test_settings_that_are_no_plain_data_are_refused(tmp_path, settings, says):
 
 
 def told(defense):
-    return json.dumps(described(defense), sort_keys=True)
+    return json.dumps(describe_defense(defense), sort_keys=True)
 
 
 def loaded(profile, **folders):
@@ -346,15 +348,15 @@ class Headed(LGAP):
     settings = lambda self: {"name": "headed"}
 
     def __init__(self, bias):
-        super().__init__(no_words, baselines.nothing(), named(constant(1), "one"))
+        super().__init__(no_words, baselines.undefended(), named(constant(1), "one"))
         self.head = torch.nn.Linear(10, 10)
         torch.nn.init.constant_(self.head.weight, bias)
 
 
 def test_weights_of_a_defence_and_of_quantised_and_sparse_layers_count():
     assert (
-        described(Headed(1.0)) != described(Headed(2.0))
-        and "unnamed" not in described(Headed(1.0))["defence"]
+        describe_defense(Headed(1.0)) != describe_defense(Headed(2.0))
+        and "unnamed" not in describe_defense(Headed(1.0))["defence"]
     )
     nets = [torch.nn.Sequential(torch.nn.Linear(4, 4)) for _ in range(2)]
     quantised = [torch.ao.quantization.quantize_dynamic(net, {torch.nn.Linear}) for net in nets]

@@ -691,7 +691,7 @@ def test_a_fine_tuned_classifier_is_refused_where_it_was_tuned_otherwise(profile
     again = models.load_defense(own, device="cpu")
     experiment.finetune(own, again)  # done already: the same weights, nothing is trained
     monkeypatch.setattr(experiment, "finetune", lambda *_: pytest.fail("it is there"))
-    assert identity.state_digest(experiment.finetuned(own).classifier) == identity.state_digest(
+    assert identity.state_digest(experiment.load_or_finetune(own).classifier) == identity.state_digest(
         tuned.classifier
     )
     loaded = experiment.load_finetuned(own)
@@ -742,7 +742,7 @@ def test_a_classifier_of_the_users_own_is_not_taken_for_the_profiles_fine_tuned_
     same.classifier.fc.bias.data += 1
     experiment.finetune(own, same)
     with pytest.raises(ValueError, match="was fine-tuned with other settings .*began as: there '.*', here"):
-        experiment.finetuned(own)
+        experiment.load_or_finetune(own)
     kept = (own.finetuned / "model.safetensors").read_bytes()
     with pytest.raises(ValueError, match="holds rows of another configuration"):
         experiment.finetune(own, models.load_defense(own, device="cpu"))

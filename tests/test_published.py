@@ -8,10 +8,10 @@ import pytest
 
 from lgap_utils import baselines, models
 from lgap_utils.defense import METHOD
-from lgap_utils.evaluate import described, slug
+from lgap_utils.evaluate import describe_defense, folder_name
 from lgap_utils.profiles import get_profile
 from lgap_utils.protocols import Attack
-from lgap_utils.rows import Rows, difference
+from lgap_utils.rows import Rows, differences
 
 PUBLISHED = Path(__file__).resolve().parents[1] / "outputs" / "published" / "small"
 FOLDERS = sorted(file.parent for file in (PUBLISHED / "rows").glob("*/*/config.json"))
@@ -33,7 +33,9 @@ def described_here():
         profile = get_profile("small", table)
         classifier = PUBLISHED / f"classifier_{profile.dataset}" if tuned else None
         defense = models.load_defense(profile, device="cpu", classifier=classifier)
-        found[folder] = {name: described(d) for name, d in baselines.with_baselines(defense, 32).items()}
+        found[folder] = {
+            name: describe_defense(d) for name, d in baselines.with_baselines(defense, 32).items()
+        }
     return found
 
 
@@ -49,7 +51,7 @@ def test_the_checkout_accepts_published_rows(folder, described_here, tmp_path):
     profile = get_profile("small", EVALUATIONS[folder.parent.name][0])
     here = json.loads(json.dumps(described_here[folder.parent.name]))
     assert (
-        slug(config["attack"]["name"]) == folder.name
+        folder_name(config["attack"]["name"]) == folder.name
         and Attack(**config["attack"]).settings() == config["attack"]
     )
     assert (
@@ -57,7 +59,7 @@ def test_the_checkout_accepts_published_rows(folder, described_here, tmp_path):
         and config["attack"]["step_size_255"] == profile.step_size_255
     )
     folder = shutil.copytree(folder, tmp_path / folder.name)  # a shard that is not whole would be set aside
-    assert config["method"] == METHOD and not difference(
+    assert config["method"] == METHOD and not differences(
         config["defences"], {name: here[name] for name in config["defences"]}
     )
     assert (config["seed"], config["n_draws"], config["dataset"]) == (

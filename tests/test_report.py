@@ -324,7 +324,7 @@ def test_tables_are_written_in_three_forms_that_hold_the_same(tmp_path):
         [ours(tables.proportion([True, False]), attack="a & b_c <script> \\input{x} 100 %")],
         *on_paper_data(3),
     )
-    assert tables.save_table(table, tmp_path, "t", tex=results.narrow(table)) is table
+    assert tables.save_table(table, tmp_path, "t", tex=results.latex_columns(table)) is table
     back = pd.read_csv(tmp_path / "t.csv", dtype=str, keep_default_na=False)
     assert list(back["attack"]) == list(table.index.get_level_values("attack"))
     tex = (tmp_path / "t.tex").read_text()
@@ -386,7 +386,7 @@ def test_latex_compiles_with_booktabs_alone_and_is_no_wider_than_the_text(which,
     table = {
         "captions": of_captions(),
         "plain": pd.DataFrame({"a": [1, 2.5]}),
-        "beside": results.narrow(beside),
+        "beside": results.latex_columns(beside),
         "audit": audit,
         "ladder": ladder.drop(columns=["majority, %", "draws", "flags", "protocol"]),
         "share": shares.loc["fine-tuned"],
@@ -495,7 +495,7 @@ def test_of_two_that_write_at_once_neither_loses_the_others_table(tmp_path, monk
     second.append(
         threading.Thread(target=results.write_results, args=(tmp_path, 2, [ours()], *on_paper_data(2), {}))
     )
-    monkeypatch.setattr(files, "write_whole", write)
+    monkeypatch.setattr(results, "write_whole", write)
     results.write_results(tmp_path, 1, [ours()], *on_paper_data(1), {})
     second[0].join()
     assert set(results.check_results(tmp_path)) == {"table 1", "table 2"}
@@ -631,7 +631,7 @@ def test_a_flag_marks_the_number_wherever_it_is_shown(tmp_path):
     assert row["flags"] == f"2 of 2 images: {flag}" and row["robust here, %"].endswith(", flagged")
     assert "flagged" not in row["natural here, %"]
     assert (table.drop(index=[("LGAP", "PGD")])["flags"] == "not run").all()
-    assert results.narrow(table)["robust here, %"].iloc[0].endswith(", flagged")
+    assert results.latex_columns(table)["robust here, %"].iloc[0].endswith(", flagged")
     results.write_results(tmp_path, 1, [entry], *on_paper_data(1), {})
     (kept,) = json.loads((tmp_path / "results.json").read_text())["table 1"]["rows"]
     assert kept["unreliable"] is True and flag in kept["flags"]

@@ -14,7 +14,6 @@ import papermill
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
-from lgap_utils import profiles
 from lgap_utils.profiles import ROOT
 from tools import runner
 
@@ -36,8 +35,8 @@ def get_profile(name, **overrides):
 
 @pytest.fixture(autouse=True)
 def stub_profiles(monkeypatch, tmp_path):
-    monkeypatch.setattr(profiles, "PROFILES", {"toy": Profile()})
-    monkeypatch.setattr(profiles, "get_profile", get_profile)
+    monkeypatch.setattr(runner, "PROFILES", {"toy": Profile()})
+    monkeypatch.setattr(runner, "get_profile", get_profile)
     monkeypatch.setattr(runner, "ready", lambda profile, notebooks, settings: True)
     monkeypatch.setenv("LGAP_OUTPUTS", str(tmp_path / "outputs"))
 
@@ -214,8 +213,8 @@ def held(tmp_path):
 
     def hold(folder):
         script = (
-            "from lgap_utils.files import one_writer\n"
-            f"with one_writer({str(folder)!r}): print('held', flush=True); input()"
+            "from lgap_utils.files import folder_lock\n"
+            f"with folder_lock({str(folder)!r}): print('held', flush=True); input()"
         )
         started.append(
             subprocess.Popen(

@@ -40,10 +40,7 @@ def copy_scripts(checkout):
     for name in SCRIPTS:
         (checkout / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, checkout / name)
-    (checkout / "lgap_utils").mkdir()
-    (checkout / "lgap_utils" / "runner.py").write_text(
-        "import sys\nprint('run by', sys.prefix, *sys.argv[1:])\n"
-    )
+    (checkout / "tools" / "runner.py").write_text("import sys\nprint('run by', sys.prefix, *sys.argv[1:])\n")
     return checkout
 
 

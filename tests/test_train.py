@@ -395,7 +395,7 @@ def test_the_cifar100_classifier_resumes_and_loads(make, cifar100, monkeypatch, 
             raise Killed
         return crop(*args)
 
-    monkeypatch.setattr(train, "crop_and_flip", killed)
+    monkeypatch.setattr(pretrain, "crop_and_flip", killed)
     for _ in range(2):
         with contextlib.suppress(Killed):
             make.make_paper("cpu", tmp_path / "broken", **how)

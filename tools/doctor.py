@@ -180,9 +180,9 @@ def _ask(wanted):
         refused[item.url] = silent.get(item.host, "")
         for file in () if refused[item.url] else item.absent:
             try:
-                hub.ask(item.url.replace("{}", file))
+                hub.check_reachable(item.url.replace("{}", file))
             except Exception as error:  # of the hub's client and what lies below it
-                cause, remedy = hub.reason(error)
+                cause, remedy = hub.explain(error)
                 refused[item.url] = f"{cause}; {remedy}"
                 if not hub.status_of(error):
                     silent[item.host] = cause
@@ -283,18 +283,18 @@ def _shards(folder, file):
 
 
 def _robustbench(what, name):
-    from lgap_utils.zoo import _robustbench_entry, robustbench_file, robustbench_page
+    from lgap_utils.zoo import robustbench_entry, robustbench_file, robustbench_page
 
     entry = (name.removeprefix("robustbench:").split("/") + ["", ""])[:3]
     source, file = f"{'/'.join(entry)}.pt", robustbench_file(*entry)
     sizes, there = (
-        {source: hub.locked("robustbench").get(source, {}).get("size")},
+        {source: hub.lock_entries("robustbench").get(source, {}).get("size")},
         {source: file} if file.is_file() else {},
     )
     page = (
-        "" if there else robustbench_page(*_robustbench_entry(name))
+        "" if there else robustbench_page(*robustbench_entry(name))
     )  # imports robustbench, which takes seconds
-    check = lambda digest: hub.check(file, "robustbench", source, "fetch it again", digest)
+    check = lambda digest: hub.verify_file(file, "robustbench", source, "fetch it again", digest)
     return Item(
         what,
         name,
@@ -315,7 +315,7 @@ def _on_hub(what, repository, revision, needed, kind="model", folder=None, name=
     source, cache = f"{repository}@{revision}", cache_root() or constants.HF_HUB_CACHE
     known = {
         file: entry.get("size")
-        for file, entry in hub.locked(source).items()
+        for file, entry in hub.lock_entries(source).items()
         if file.endswith(".bin") or not needed or Path(file).suffix != ".safetensors" or file in needed
     }
     sizes = known if any(file.endswith(".bin") for file in known) else dict.fromkeys(needed) | known
@@ -339,7 +339,7 @@ def _on_hub(what, repository, revision, needed, kind="model", folder=None, name=
     ]
     get = shlex.join([*command, *(file for file in sizes if file not in there)])
     check = lambda digest: [
-        hub.check(path, source, file, "fetch it again", digest) for file, path in there.items()
+        hub.verify_file(path, source, file, "fetch it again", digest) for file, path in there.items()
     ]
     page = f"{constants.ENDPOINT}/{'datasets/' * (kind == 'dataset')}{repository}"
     url = "" if folder else f"{page}/resolve/{revision}/{{}}"

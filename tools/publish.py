@@ -16,7 +16,7 @@ import sys
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from lgap_utils.files import one_writer  # noqa: E402
+from lgap_utils.files import folder_lock  # noqa: E402
 from lgap_utils.profiles import PROFILES, output_root  # noqa: E402
 
 MARKED = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -85,7 +85,7 @@ if __name__ == "__main__":
     if not (measured / "results.json").exists():
         sys.exit(f"{measured} holds no results.json: ./run_all.sh {sys.argv[1]} makes one")
     try:
-        with one_writer(measured):
+        with folder_lock(measured):
             print(f"{publish(measured, ROOT, sys.argv[1])} files to outputs/published/{sys.argv[1]}")
     except (OSError, RuntimeError, ValueError) as error:
         sys.exit(f"tools/publish.py: {error}")

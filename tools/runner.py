@@ -20,7 +20,7 @@ import subprocess
 import sys
 import time
 
-from lgap_utils.files import one_writer, write_whole
+from lgap_utils.files import folder_lock, write_whole
 from lgap_utils.profiles import PROFILES, ROOT, get_profile, output_root
 
 PUBLISHED = ROOT / "outputs" / "published"  # tracked: nothing but tools/publish.py writes there
@@ -323,7 +323,7 @@ def check_folder(out):
 
 def run_all(plan, out):
     """Run the notebooks of {path: parameters} into the folder `out`; the first that fails ends the process."""
-    with one_writer(out):
+    with folder_lock(out):
         check_folder(out)
         before = tables(out)
         (out / "notebooks").mkdir(exist_ok=True)
