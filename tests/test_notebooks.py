@@ -138,13 +138,13 @@ def bootstrap():
 @pytest.mark.parametrize("place", ["", "notebooks", "notebooks/deeper"])
 @pytest.mark.parametrize("checkout", ["lgap", "a folder with spaces", "dossier-été-日本"])
 def test_bootstrap_finds_the_checkout(bootstrap, tmp_path, checkout, place):
-    (tmp_path / checkout / "lgap_utils").mkdir(parents=True)
+    package(tmp_path / checkout)
     (tmp_path / checkout / place).mkdir(parents=True, exist_ok=True)
     assert run_cell(bootstrap, tmp_path / checkout / place).stdout.strip() == str(tmp_path / checkout)
 
 
 def test_bootstrap_elsewhere_takes_pythonpath_or_says_what_to_do(bootstrap, tmp_path):
-    (tmp_path / "checkout" / "lgap_utils").mkdir(parents=True)
+    package(tmp_path / "checkout")
     (tmp_path / "elsewhere").mkdir()
     assert run_cell(bootstrap, tmp_path / "elsewhere", tmp_path / "checkout").stdout.strip() == str(
         tmp_path / "checkout"
@@ -153,9 +153,14 @@ def test_bootstrap_elsewhere_takes_pythonpath_or_says_what_to_do(bootstrap, tmp_
     assert lost.returncode == 1 and "start Jupyter in the checkout" in lost.stderr
 
 
+def package(checkout):
+    (checkout / "lgap_utils").mkdir(parents=True)
+    (checkout / "lgap_utils" / "__init__.py").touch()
+
+
 def run_cell(text, folder, python_path=""):
     return subprocess.run(
-        [sys.executable, "-I" if not python_path else "-P", "-c", f"{text}\nprint(ROOT)"],
+        [sys.executable, "-IS" if not python_path else "-P", "-c", f"{text}\nimport lgap_utils\nprint(pathlib.Path(lgap_utils.__file__).parents[1])"],
         cwd=folder,
         env={"PYTHONPATH": str(python_path), "PYTHONUTF8": "1"},
         capture_output=True,
