@@ -114,11 +114,17 @@ def _draw_toy(split: str, n: int | None, start: int) -> Images:
     return Images(pixels, torch.tensor(labels), indices, toy.CLASSES, captions, "drawn by lgap_utils/toy.py")
 
 
+# All of a CIFAR's train or test: labels, function from rows to uint8 pixels, where it lies, what was read.
+CifarPart = tuple[np.ndarray, Callable[[np.ndarray], torch.Tensor], Path, str]
+
+
 def _load_cifar(dataset: str, split: str, n: int | None, start: int) -> Images:
     part = "test" if split == "test" else "train"
     folder = None if _parquet(dataset, part).is_file() else torchvision_folder(dataset)
-    read = _read_torchvision(dataset, part, folder) if folder else _read_parquet(dataset, part)
-    all_labels, decode, place, source = read
+    if folder:
+        all_labels, decode, place, source = _read_torchvision(dataset, part, folder)
+    else:
+        all_labels, decode, place, source = _read_parquet(dataset, part)
     rows, classes = np.arange(len(all_labels)), CIFARS[dataset].classes
     if split != "test":
         rows = rows[(rows % 50 == 7) == (split == "validation")]
@@ -131,10 +137,6 @@ def _load_cifar(dataset: str, split: str, n: int | None, start: int) -> Images:
     official = split == "test" and (len(all_labels), tuple(all_labels[:4])) == known
     targets, indices = torch.from_numpy(labels.astype(np.int64)), torch.from_numpy(rows)
     return Images(decode(rows), targets, indices, classes, None, source, official)
-
-
-# All of a CIFAR's train or test: labels, function from rows to uint8 pixels, where it lies, what was read.
-CifarPart = tuple[np.ndarray, Callable[[np.ndarray], torch.Tensor], Path, str]
 
 
 def _parquet(dataset: str, part: str) -> Path:

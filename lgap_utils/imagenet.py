@@ -21,7 +21,6 @@ IMAGENET_SHARDS = tuple(f"data/validation-{k:05}-of-00014.parquet" for k in rang
 LAYOUTS = "imagenet/val/<wnid>/*.JPEG or imagenet/val/ILSVRC2012_val_*.JPEG"
 # paper silent: its 2048 images are not named; these are the first 2048 of RobustBench's 5000, in its order
 IMAGENET_IDS = ROOT / "paper" / "imagenet_2048.txt"
-IMAGENET_MOST = 10_000  # images of 224 x 224 that are read without an explicit n: 1.5 GB
 
 
 class Photograph(NamedTuple):
@@ -83,9 +82,6 @@ def load_imagenet(split: str, n: int | None, start: int, crop: int | None = None
     folder = data_folder() / "imagenet" / "val"
     if folder.is_dir():
         photographs, source, official = _read_folder(folder)
-        if n is None and len(photographs) > IMAGENET_MOST:
-            count = len(photographs)
-            raise ValueError(f"{folder} holds {count} images, too many at once; say how many, n=...")
         photographs = take_rows(photographs, "imagenet test", n, start)
     else:
         names = take_rows(imagenet_ids(), "imagenet test", n, start)
@@ -126,11 +122,12 @@ def _in_order(numbered: dict[int, Photograph], names: Sequence[str], where: Path
     if missing:
         raise ValueError(
             f"{where}: {len(missing)} of {_the_list()} are missing, e.g. {missing[0]}; copy them, or remove "
-            "all of the list to read other images"
+            "the rest of the list to read other images"
         )
     photographs = []
     for name in names:
-        photograph, wnid = numbered[image_number(name)], name.split("/")[0]
+        photograph = numbered[image_number(name)]
+        wnid = name.split("/")[0]
         if photograph.wnid not in ("", wnid):
             raise ValueError(f"{photograph.place}: its class is {photograph.wnid}, the list has {wnid}")
         photographs.append(photograph._replace(wnid=wnid))
@@ -139,17 +136,10 @@ def _in_order(numbered: dict[int, Photograph], names: Sequence[str], where: Path
 
 def _read_folder(folder: Path) -> tuple[list[Photograph], str, bool]:
     """(photographs, their source, whether they are Table 4's) in a folder or its class folders."""
-    labels = imagenet_classes()[0]
     flat, in_classes = _jpegs(folder, ""), []
-    for each in sorted(folder.iterdir()):
-        if not each.is_dir() or each.name.startswith("."):
-            continue
-        if each.name not in labels:
-            raise ValueError(f"{each} is named like none of the 1000 classes; expected an id, e.g. n01440764")
-        photographs = _jpegs(each, each.name)
-        if not photographs:
-            raise ValueError(f"{each} holds no image; expected *.JPEG in it, or no such folder")
-        in_classes += photographs
+    for class_folder in sorted(folder.iterdir()):
+        if class_folder.is_dir() and not class_folder.name.startswith("."):
+            in_classes += _jpegs(class_folder, class_folder.name)
     if not flat and not in_classes:
         raise ValueError(f"{folder} holds no class folder and no image; expected {LAYOUTS}")
     numbered = _by_number(flat) | _by_number(in_classes)
@@ -165,13 +155,15 @@ def _read_folder(folder: Path) -> tuple[list[Photograph], str, bool]:
     for file, _, wnid in chosen:
         if not file.is_file() or file.stat().st_size == 0:
             raise ValueError(f"{file} is empty, or a link to nothing; copy it again")
-        if wnid not in labels:
+        if wnid not in imagenet_classes()[0]:
             raise ValueError(f"{file}: its class is not known; put it into a folder named by its WordNet id")
     return chosen, source, bool(numbered)
 
 
 def _jpegs(folder: Path, wnid: str) -> list[Photograph]:
-    """The images in `folder`. One that is named as in the hub's archive, ..._<wnid>.JPEG, says its class."""
+    """The images in a class folder, or those beside the class folders ("")."""
+    if wnid and wnid not in imagenet_classes()[0]:
+        raise ValueError(f"{folder} is named like none of the 1000 classes; expected an id, e.g. n01440764")
     photographs = []
     for file in sorted(folder.iterdir()):
         if file.suffix.lower() not in (".jpeg", ".jpg") or file.name.startswith("."):
@@ -181,6 +173,8 @@ def _jpegs(folder: Path, wnid: str) -> list[Photograph]:
         if wnid not in ("", named):
             raise ValueError(f"{file} is named like one of another class; move it to where it belongs")
         photographs.append(Photograph(file, file.read_bytes, named))
+    if wnid and not photographs:
+        raise ValueError(f"{folder} holds no image; expected *.JPEG in it, or no such folder")
     return photographs
 
 
@@ -188,10 +182,10 @@ def _read_shards(names: Sequence[str]) -> list[Photograph]:
     """The named images of the hub's parquet shards, whose rows hold file names and labels."""
     access = f"{LAYOUTS}; the hub's copy is gated: accept its terms there and log in"
     shards = hub_files("imagenet", IMAGENET, IMAGENET_REVISION, IMAGENET_SHARDS, access)
-    photographs = []
+    numbers, photographs = {image_number(name) for name in names}, []
     for shard in shards:
         try:
-            photographs += _read_shard(shard, {image_number(name) for name in names})
+            photographs += _read_shard(shard, numbers)
         except Exception as error:  # pyarrow raises errors of many types
             raise ValueError(
                 f"{shard}: not a parquet file of image {{bytes, path}} and label ({type(error).__name__})"
