@@ -17,7 +17,7 @@ from .files import CheckpointError
 from .hub import explain, hub_file, verify_file
 from .profiles import data_root
 
-Photographs = Sequence[tuple[Any, Callable[[], bytes]]]  # (name for messages, reader of the encoded image)
+EncodedImages = Sequence[tuple[Any, Callable[[], bytes]]]  # (name for messages, reader of the encoded image)
 
 
 def data_folder() -> Path:
@@ -42,7 +42,7 @@ def take_rows(rows: Any, split: str, n: int | None, start: int) -> Any:
 
 
 def decode_images(
-    images: Photographs, size: int, prepare: Callable[[Image.Image], Image.Image] = lambda image: image
+    images: EncodedImages, size: int, prepare: Callable[[Image.Image], Image.Image] = lambda image: image
 ) -> tuple[torch.Tensor, str]:
     """(uint8 [n, 3, size, size], sha256 of all bytes read) of n encoded images.
 

@@ -13,14 +13,10 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# Hub repositories whose commit is known. Any other id needs its revision beside it.
-REVISIONS = {
-    "Salesforce/blip-image-captioning-base": "82a37760796d32b1411fe092ab5d4e227313294b",
-    "Salesforce/blip-image-captioning-large": "353689b859fcf0523410b1806dace5fb46ecdf41",
-    # a mirror of the removed original
-    "stable-diffusion-v1-5/stable-diffusion-v1-5": "451f4fe16113bff5a5d2269ed5ad43b0592e9a14",
-    "CompVis/stable-diffusion-v1-4": "133a221b8aa7292a167afc5127cb63fb5005638b",
-}
+_SECTIONS = tomllib.loads(Path(__file__).with_name("profiles.toml").read_text(encoding="utf-8"))
+REVISIONS: dict[str, str] = _SECTIONS.pop(
+    "revisions"
+)  # of hub ids; any other id needs its revision beside it
 
 
 def data_root() -> Path:
@@ -241,9 +237,8 @@ def _check_field(each: dataclasses.Field, value: Any) -> None:
 
 def _read_profiles() -> dict[str, Profile]:
     """The profiles of profiles.toml by name, in the order of the file."""
-    text = Path(__file__).with_name("profiles.toml").read_text(encoding="utf-8")
     profiles = {}
-    for name, values in tomllib.loads(text).items():
+    for name, values in _SECTIONS.items():
         base = profiles.get(values.pop("base", ""))
         tables = dict(base.tables) if base else {}
         for number, changes in values.pop("tables", {}).items():
