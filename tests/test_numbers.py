@@ -1,4 +1,4 @@
-"""paper/numbers.csv holds what the paper prints in Tables 1 to 4: each number once, as it is printed there."""
+"""paper/numbers.csv holds what the paper prints in Tables 1 to 4: each number once, as it is printed."""
 
 import csv
 import re
@@ -11,11 +11,11 @@ FILE = Path(__file__).resolve().parents[1] / "paper" / "numbers.csv"
 ROWS = list(csv.DictReader(FILE.open(newline="", encoding="utf-8")))
 TABLES = {
     # Every accuracy in the order of reading, typed from the paper apart from the file.
-    "1": """95.80 0.00  90.03 71.68  93.09 85.45  86.14 80.24  84.12 78.91  96.93 63.10  48.7 37.5  75.5 23.8  82 61  90 70
-            87.3 70.2  84.98 51.29""",
+    "1": """95.80 0.00  90.03 71.68  93.09 85.45  86.14 80.24  84.12 78.91  96.93 63.10  48.7 37.5  75.5 23.8
+            82 61  90 70  87.3 70.2  84.98 51.29""",
     "2": "58.71 39.82  77.83 43.21  59.58 25.47  61.01 28.88",
-    "3": """90.30 44.96 62.63  86.14 70.01  90.60 76.87  84.12 54.9  95.00 9  94.8 40.8  88.7 55.1  91 52.9  89.4 41.5  91.89 53.58
-            87.3 45.8  89.67 63.1""",
+    "3": """90.30 44.96 62.63  86.14 70.01  90.60 76.87  84.12 54.9  95.00 9  94.8 40.8  88.7 55.1
+            91 52.9  89.4 41.5  91.89 53.58  87.3 45.8  89.67 63.1""",
     "4": "76.76 0  69.09 57.12 45.31 52.73  64.02 34.96  55.62 26.24",
 }
 
