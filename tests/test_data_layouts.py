@@ -117,7 +117,7 @@ def test_an_unknown_pickle_is_never_opened(unpacked, tmp_path, dataset, which):
     with pytest.raises(ValueError, match=f"{file} is missing"):
         load_images(dataset, "test")
     assert not at_hand(dataset) and not Payload.ran
-    (check,) = doctor._data_sets([profile(dataset)])
+    (check,) = doctor.data_sets([profile(dataset)])
     assert check.state == "missing" and str(file) in check.detail
     pickle.loads(pickle.dumps(Payload()))
     assert Payload.ran.pop()  # it would have been noticed
@@ -140,15 +140,15 @@ def test_an_archive_that_is_not_unpacked_is_named(tmp_path, monkeypatch, dataset
     with pytest.raises(FileNotFoundError, match=says):
         load_images(dataset, "test", 1)
     assert not at_hand(dataset)
-    (check,) = doctor._data_sets([profile(dataset)])
+    (check,) = doctor.data_sets([profile(dataset)])
     assert check.state == "missing" and "is not unpacked" in check.detail
 
 
 @both
 def test_the_doctor_finds_torchvisions_files(unpacked, tmp_path, dataset):
-    (item,) = doctor._data_sets([profile(dataset)])
+    (item,) = doctor.data_sets([profile(dataset)])
     assert item.place == tmp_path / KIND[dataset].base_folder and not item.absent
-    (check,) = doctor._data_sets([profile(dataset, n_images=11)])
+    (check,) = doctor.data_sets([profile(dataset, n_images=11)])
     assert check.state == "missing" and "it has 10" in check.detail and "asks for 11 images" in check.detail
     lines = {what: (ok, said) for what, ok, said in validate(dataset)}
     # without "other files than the hub's"
@@ -370,7 +370,7 @@ def test_a_folder_of_data_that_does_not_exist_is_named(tmp_path, monkeypatch, da
         with pytest.raises(FileNotFoundError, match=says):
             load_images(dataset, "test", 1)
         assert not at_hand(dataset) and load_images("toy", "test", 1)
-        (check,) = doctor._data_sets([profile(dataset)])
+        (check,) = doctor.data_sets([profile(dataset)])
         assert check.state == "missing" and f"LGAP_DATA={place}: there is no folder" in check.detail
 
 
@@ -395,7 +395,7 @@ def test_the_doctor_and_what_is_at_hand_agree_with_the_loader(hub, imagenet_fold
     file = imagenet_folder[0] / imagenet_folder[1][0] if dataset == "imagenet" else hub[0](dataset, "test")
     spoil(file)
     assert at_hand(dataset) == fine
-    (found,) = doctor._data_sets([profile(dataset, n_images=1)])
+    (found,) = doctor.data_sets([profile(dataset, n_images=1)])
     if fine:
         assert len(load_images(dataset, "test", 1)) == 1
         assert isinstance(found, doctor.Item) and not found.absent
