@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Runs every notebook, headless, into outputs/PROFILE:   ./run_all.sh [PROFILE] [--only 02] [--set n_images=64]
-# Without a profile it is `toy`; ./run_all.sh --help lists the profiles. The first call makes .venv.
+# Without a profile it is `toy`; ./run_all.sh --help lists the profiles. --plan says what the run will cost, and stops.
+# The first call makes .venv.
 set -euo pipefail
 script=${BASH_SOURCE[0]}
 if [ -L "$script" ]; then script=$(readlink -f "$script"); fi

@@ -24,7 +24,7 @@ from checkpoints.pretrain import pixel_caption  # noqa: E402
 from lgap_utils import defense, files, models, tables, train, zoo  # noqa: E402
 from lgap_utils.data import load_images  # noqa: E402
 from lgap_utils.profiles import get_profile  # noqa: E402
-from tools.cli import settings_of  # noqa: E402
+from tools.request import settings_of  # noqa: E402
 
 # Sizes and lengths, the only things that differ between the trios. `cycles` are runs on top of each other, with the learning rate
 # up and down again in each: more can be added to a trained model.

@@ -1,28 +1,24 @@
-"""What `python -m lgap_utils doctor` finds missing, in words that help, and the cost it counts: the notebooks' own, by running them."""
+"""What `python -m lgap_utils doctor` finds missing, in words that help."""
 
-import contextlib
-import csv
 import io
 import json
 import os
 import shutil
 import socket
-from collections import Counter, namedtuple
-from dataclasses import replace
+import subprocess
+import sys
+from collections import namedtuple
 from types import SimpleNamespace
 
-import matplotlib.pyplot as plt
 import pytest
 import torch
 
-from lgap_utils import attacks, files, hub, models, protocols, zoo
-from lgap_utils.autoattack import Query
-from lgap_utils.defense import LatentPurifier
-from lgap_utils.profiles import PAPER, PROFILES, REVISIONS, ROOT
+from lgap_utils import data, files, hub, models, zoo
+from lgap_utils.data import CIFAR10_CLASSES as CLASSES
+from lgap_utils.images import Images
+from lgap_utils.profiles import PAPER, REVISIONS, ROOT
 from tools import cli as command
-from tools import doctor, runner
-
-NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+from tools import doctor, needs, runner
 
 
 @pytest.fixture(autouse=True)
@@ -65,7 +61,7 @@ def online(monkeypatch):
 
 def test_the_bundled_profile_is_all_there(capsys):
     checks = doctor.examine("toy")
-    assert doctor.can_run(checks) and {check.state for check in checks} == {"ok", "note"}
+    assert doctor.can_run(checks) and {check.state for check in checks} == {"ok"}
     status, text = said(["toy", "--set", "n_images=8"], capsys)
     assert status == 0 and "profile toy can run here" in text and "timed just now" in text
 
@@ -89,7 +85,7 @@ def test_without_cache_and_network_everything_is_named_with_the_way_to_get_it(ca
         and "python checkpoints/make.py paper" in plain
     )
     assert plain.count("--repo-type dataset") == 3 and "accept" in plain and "imagenet/val/<wnid>/" in plain
-    assert "python tools/bench.py --sizes 384" in plain
+    assert "computed from FLOPs" in plain
 
 
 def test_what_a_run_would_fetch_is_no_obstacle(online, monkeypatch):
@@ -295,7 +291,7 @@ def test_data_in_a_folder_have_to_be_as_many_as_the_profile_asks_for(tmp_path):
         (["toy", "--set", "tables=8"], "the profile has no such field; there are"),
         (["toy", "--set", "n_images=0"], "n_images=0: expected at least 1"),
         (["toy", "--set", "dataset=mnist"], "choose from ['cifar10', 'cifar100', 'imagenet', 'toy']"),
-        (["toy", "--set", "eps_255=8/255"], "is not a number, True, False or a word"),
+        (["toy", "--set", "eps_255=8/255"], "eps_255='8/255': expected a number, e.g. eps_255=8"),
         (["toy", "--set", "import os; x=1"], "write NAME=VALUE"),
         (["toy", "--set", "seed=1", "--set", "SEED=1"], "given twice"),
     ],
@@ -305,132 +301,66 @@ def test_a_wrong_request_is_refused_with_the_choices(argv, words, capsys):
     assert status == 2 and words in text
 
 
-# ---------------------------------------------------------------- what a run costs
-
-
-@pytest.fixture
-def counted(monkeypatch):
-    """A Counter of what captioner and purifier are asked for; they do nothing else, and no attack on the classifier ends early."""
-    counts, purify = Counter(), LatentPurifier.forward
-
-    def caption(self, x):
-        counts["captions"] += len(x)
-        return ["a circle"] * len(x)
-
-    def forward(self, x, captions, keys=None, trace=None):
-        n, kind = (
-            len(keys or x),
-            "with gradient" if x.requires_grad and torch.is_grad_enabled() else "forward only",
-        )
-        counts.update({kind: n, "calls": n * self.denoiser_calls})
-        return (
-            x.repeat_interleave(n // len(x), 0) if trace is None else purify(self, x, captions, keys, trace)
-        )
-
-    def autoattack(model, x, y, *, keys, n_queries=0, n_eot=1, record=None, **_):
-        for i in range(len(x)) if isinstance(model, attacks.View) else ():
-            ask = Query(model, keys[[i]], n_eot)
-            for _ in range(n_queries):
-                ask(x[i : i + 1])
-        record.broke_at, record.bad_gradients, record.flags = [-1] * len(x), [0] * len(x), [""] * len(x)
-        return x
-
-    monkeypatch.setattr(models.Captioner, "forward", caption)
-    monkeypatch.setattr(LatentPurifier, "forward", forward)
-    monkeypatch.setattr(protocols, "autoattack", autoattack)
-    return counts
-
-
-@pytest.fixture
-def tiny(profile, monkeypatch):
-    """A profile whose sizes are all different, so that none can stand for another."""
-    sizes = {
-        "n_images": 9,
-        "n_adaptive": 8,
-        "n_eot_images": 2,
-        "n_full": 5,
-        "n_draws": 3,
-        "n_eot": 4,
-        "n_finetune": 11,
-        "n_validation": 6,
-        "batch_size": 8,
-        "n_steps": 2,
-        "num_inference_steps": 10,
-        "finetune_epochs": 1,
-        "finetune_batch": 4,
-    }
-    monkeypatch.setitem(PROFILES, "tiny", replace(profile, tables={4: {"strength": 0.1}}, **sizes))
-    return "tiny"
-
-
-def test_the_cost_is_what_the_notebooks_ask_for(tiny, counted, monkeypatch):
-    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda *_, **__: None)
-    expected = {
-        name: {kind: n for kind, n in asked.items() if kind != "passes"}
-        for name, (_, asked) in doctor.costs(tiny).items()
-    }
-    seen = {}
-    for path in NOTEBOOKS:
-        counted.clear()
-        with contextlib.redirect_stdout(io.StringIO()):
-            run_cells(path, tiny)
-        seen[path.stem] = dict(counted)
-        plt.close("all")
-    assert seen == expected
-
-
-def run_cells(path, profile):
-    """The code cells of a notebook, in one namespace, with a profile of our own."""
-    namespace = {"__name__": path.stem}
-    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
-        tags = cell["metadata"].get("tags", [])
-        if cell["cell_type"] == "code" and "bootstrap" not in tags:
-            exec(compile("".join(cell["source"]), path.name, "exec"), namespace)
-            namespace |= {"PROFILE": profile} if "parameters" in tags else {}
-
-
-def test_hours_come_from_rows_of_this_device_alone(monkeypatch, tmp_path):
-    monkeypatch.setattr(doctor, "ROOT", tmp_path)
-    (tmp_path / "paper").mkdir()
-    row = {
-        "device": doctor.device_name("cpu"),
-        "threads": str(torch.get_num_threads()),
-        "dtype": "bfloat16",
-        "size": "384",
-        "strength": "0.5",
-        "num_inference_steps": "50",
-        "what": "purification (WRN-28-10)",
-        "batch": "1",
-        "n_eot": "1",
-        "seconds_per_image": "60",
-        "command": "bench",
-    }
-    step = row | {"what": "BPDA step (WRN-28-10)", "n_eot": "15", "seconds_per_image": "53"}
-
-    def price(*rows, p=PAPER):
-        with (tmp_path / "paper" / "speed.csv").open("w", newline="") as f:
-            table = csv.DictWriter(f, list(row))
-            table.writeheader()
-            table.writerows(rows)
-        return doctor.price(p)
-
-    for other in ({"device": "another"}, {"size": "64"}, {"dtype": "float32"}, {"threads": "99"}):
-        assert price(row | other, step)[:2] == (None, None)
-    assert price(row)[:2] == (0, 60 / 50)
-    assert price(row, step)[:2] == pytest.approx(
-        (7.5, 52.5 / 50)
-    )  # 7.5 + 52.5 a purification, 7.5 / 15 + 52.5 a draw
-    assert price(row, step, p=replace(PAPER, strength=0.1))[:2] == price(row, step)[:2]
-    assert price(row, row | {"strength": "0.1", "seconds_per_image": "20"}, p=replace(PAPER, strength=0.1))[
-        :2
-    ] == (0, 20 / 10)
-    assert price(row, p=replace(PAPER, diffusion="/models/sd"))[2] == "not measured on this device"
-    assert doctor.seconds(Counter(captions=2, passes=100), price(row, step)) == pytest.approx(15 + 105)
-    assert doctor.seconds(Counter(captions=2), price(row)) is None
-
-
 def test_settings_that_leave_a_table_without_a_step_are_refused_before_anything_starts():
-    with pytest.raises(
-        SystemExit, match="strength=0.1 of num_inference_steps=8 gives 0 denoising steps; expected 1 to 7"
-    ):
+    says = "strength=0.1 of num_inference_steps=8 gives 0 denoising steps; expected 1 to 7"
+    with pytest.raises(SystemExit, match=says):
         runner.ready("toy", ["07_table4_imagenet"], {"num_inference_steps": 8})
+    assert runner.ready("toy", ["06_table3_cifar10_adaptive"], {"num_inference_steps": 8})
+
+
+def test_the_command_finds_its_tools_from_any_folder(tmp_path):
+    (tmp_path / "tools").mkdir()
+    (tmp_path / "tools" / "cli.py").write_text("raise SystemExit('another one')")
+    (tmp_path / "tools" / "__init__.py").touch()
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "lgap_utils", "doctor", "huge"]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 2 and "no profile 'huge'" in done.stderr, done.stderr
+
+
+# ---------------------------------------------------------------- every image, with --deep
+
+
+def made_up(sizes, labels=(3, 8, 8, 0), source="data"):
+    """load_images of a data set that has {split: so many images}."""
+
+    def load_images(dataset, split, *_, **__):
+        if split not in sizes:
+            raise FileNotFoundError(f"{split} is missing")
+        n = sizes[split]
+        first = torch.tensor([*labels, *[0] * n])[:n]
+        return Images(
+            torch.zeros(n, 3, 1, 1, dtype=torch.uint8), first, torch.arange(n), CLASSES, source=source
+        )
+
+    return load_images
+
+
+def validated(dataset):
+    return {what.removeprefix(dataset): (ok, detail) for what, ok, detail in needs.validate(dataset)}
+
+
+def test_what_is_validated(monkeypatch):
+    """Files of a user's own are no fault; another number of images, other labels and missing files are."""
+    monkeypatch.setitem(data.COUNTS, "cifar10", {"train": 5, "validation": 2, "test": 4})
+    source = "test.parquet sha256 0123"
+    monkeypatch.setattr(data, "load_images", made_up({"train": 5, "validation": 2, "test": 4}, source=source))
+    lines = validated("cifar10")
+    assert lines[" test: images"] == (True, "4, expected 4") and all(ok for ok, _ in lines.values())
+    assert lines[" test: files"] == (True, f"{source}, other files than the hub's")
+    monkeypatch.setattr(
+        hub, "lock_entries", lambda source: {data.CIFARS["cifar10"].file.format("test"): {"sha256": "0123"}}
+    )
+    assert validated("cifar10")[" test: files"] == (True, source)
+    monkeypatch.setattr(data, "load_images", made_up({"validation": 2, "test": 5}, labels=(1, 2, 3, 4)))
+    lines = validated("cifar10")
+    assert lines[" train: images"] == (False, "train is missing") and " train: files" not in lines
+    assert lines[" test: images"] == (False, "5, expected 4")
+    assert lines[" test: first labels"] == (False, "(1, 2, 3, 4), expected (3, 8, 8, 0)")
+
+
+def test_an_unknown_data_set_is_not_validated():
+    assert all(ok for _, ok, _ in needs.validate("toy"))
+    choices = r"choose from \['cifar10', 'cifar100', 'imagenet', 'toy'\]"
+    with pytest.raises(ValueError, match=f"no data set 'mnist'; {choices}"):
+        needs.validate("mnist")

@@ -1,8 +1,6 @@
-"""The runner believes nothing but a notebook whose every cell ran, and refuses a wrong request before it starts."""
+"""The runner believes only a notebook whose every cell ran, and refuses a wrong request before it starts."""
 
 import functools
-import importlib.util
-import json
 import os
 import signal
 import subprocess
@@ -15,7 +13,7 @@ import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
 from lgap_utils.profiles import ROOT
-from tools import runner
+from tools import request, runner
 
 
 @dataclass(frozen=True)
@@ -35,20 +33,21 @@ def get_profile(name, **overrides):
 
 @pytest.fixture(autouse=True)
 def stub_profiles(monkeypatch, tmp_path):
-    monkeypatch.setattr(runner, "PROFILES", {"toy": Profile()})
-    monkeypatch.setattr(runner, "get_profile", get_profile)
+    for module in (runner, request):
+        monkeypatch.setattr(module, "PROFILES", {"toy": Profile()})
+        monkeypatch.setattr(module, "get_profile", get_profile)
     monkeypatch.setattr(runner, "ready", lambda profile, notebooks, settings: True)
     monkeypatch.setenv("LGAP_OUTPUTS", str(tmp_path / "outputs"))
 
 
 @pytest.fixture
 def write(tmp_path):
-    """write(name, *sources): a notebook whose first source is its parameters cell; returns the notebooks' folder."""
+    """write(name, *sources): a notebook whose first source is its parameters cell; returns its folder."""
     folder = tmp_path / "note books"
     folder.mkdir()
 
     def write(name, *sources):
-        # The counts of an earlier run are stored, as in the notebooks of this project: they must not count as run.
+        # The counts of an earlier run are stored, as in the notebooks here: they must not count as run.
         cells = [new_code_cell(text, execution_count=n) for n, text in enumerate(sources, 1)]
         cells[0].metadata["tags"] = ["parameters"]
         nbformat.write(new_notebook(cells=cells), folder / f"{name}.ipynb")
@@ -141,18 +140,18 @@ def test_a_finished_notebook_may_hold_empty_cells():
         (["--only", "01,"], "there are 01_first, 02_second"),
         (
             ["--set", "n_image=4"],
-            "no selected notebook has this parameter and the profile no such field; there are LR, N_IMAGES, SEED, TITLE, n_images",
+            "no selected notebook has this parameter and the profile no such field; "
+            "there are LR, N_IMAGES, SEED, TITLE, n_images",
         ),
         (["--only", "02", "--set", "seed=4"], "no selected notebook has this parameter"),
         (["--set", "profile=toy"], "no selected notebook has this parameter"),
         (["--set", "seed"], "write NAME=VALUE"),
         (["--set", "import os; x=1"], "write NAME=VALUE"),
         (["--set", "seed=1", "--set", "SEED=1"], "given twice"),
-        (["--set", "lr=8/255"], "'8/255' is not a number"),
-        (["--set", "lr=1e999"], "'1e999' is not a number"),
-        (["--set", "seed=[1]"], "'[1]' is not a number"),
-        (["--set", "seed=None"], "'None' is not a number"),
-        (["--set", "seed=007"], "'007' is not a number"),
+        (["--set", "lr=8/255"], "LR='8/255': 01_first.ipynb has 0.1 here, so this should be of type float"),
+        (["--set", "seed=[1]"], "should be of type int"),
+        (["--set", "seed=None"], "should be of type int"),
+        (["--set", "seed=007"], "should be of type int"),
         (["--set", "seed=one"], "should be of type int"),
         (["--set", "seed=0.5"], "should be of type int"),
         (["--set", "seed=True"], "should be of type int"),
@@ -164,7 +163,7 @@ def test_a_finished_notebook_may_hold_empty_cells():
     ],
 )
 def test_a_wrong_request_is_refused_before_anything_starts(argv, words, write, capsys, tmp_path):
-    folder = write("01_first", "PROFILE = 'toy'\nN_IMAGES = None\nLR = None\nSEED = 0\nTITLE = 'a'")
+    folder = write("01_first", "PROFILE = 'toy'\nN_IMAGES = None\nLR = 0.1\nSEED = 0\nTITLE = 'a'")
     write("02_second", "PROFILE = 'toy'\nN_IMAGES = None")
     assert words in refusal(argv, folder, capsys, tmp_path)
 
@@ -200,10 +199,9 @@ def test_a_parameters_cell_that_papermill_would_misread_is_refused(cell, write, 
 
 
 def test_settings_are_typed_as_python_writes_them():
-    settings = runner.parse_settings(
-        ["a=1", "b=1e-3", "c=True", "d=checkpoints/toy", "e='8/255'", "f=-2", "g="]
-    )
-    assert settings == {"A": 1, "B": 1e-3, "C": True, "D": "checkpoints/toy", "E": "8/255", "F": -2, "G": ""}
+    texts = ["a=1", "b=1e-3", "c=True", "d=checkpoints/toy", "e='8/255'", "f=-2", "g=", "h=None", "i=[1]"]
+    settings = {"A": 1, "B": 1e-3, "C": True, "D": "checkpoints/toy", "E": "8/255", "F": -2}
+    assert request.parse_settings(texts) == settings | {"G": "", "H": "None", "I": "[1]"}
 
 
 @pytest.fixture
@@ -291,6 +289,9 @@ def test_a_row_that_is_not_among_the_images_is_refused(argv, words, write, capsy
     "argv, words",
     [
         (["--set", "size=7"], "size=7"),
+        (["--set", "eps_255=8/255"], "eps_255='8/255': expected a number, e.g. eps_255=8"),
+        (["--set", "eps_255=1e999"], "eps_255=inf: expected a number, e.g. eps_255=8"),
+        (["--set", "n_draws=None"], "n_draws='None': expected a whole number"),
         (["--set", "n_images=0"], "n_images=0"),
         (["--set", "row=6", "--only", "02"], "02_purification.ipynb looks at 6 images; expected 0 to 5"),
         (
@@ -348,30 +349,10 @@ def kernel(folder, monkeypatch, text):
     monkeypatch.setenv("JUPYTER_PATH", str(folder))
 
 
-@pytest.mark.parametrize("python", ["elsewhere/bin/python", "gone"])
-def test_a_kernel_of_another_environment_is_told_before_the_run(python, write, tmp_path, monkeypatch):
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "elsewhere"], check=True)
-    spec = {"argv": [str(tmp_path / python)], "display_name": "mine", "language": "python"}
-    kernel(tmp_path / "mine", monkeypatch, json.dumps(spec))
-    said = failure(write("01_first", "PROFILE = 'toy'"))
-    assert f"the Jupyter kernel python3 starts {tmp_path / python} and not {sys.executable}" in said
-    assert f"move {tmp_path / 'mine/kernels/python3'} away" in said and "\n" not in said
-    assert not (tmp_path / "outputs").exists()
-
-
-def test_a_kernel_of_this_environment_by_another_path_is_none_of_another(tmp_path, monkeypatch):
-    (tmp_path / "link").symlink_to(sys.prefix)
-    python = str(tmp_path / "link" / os.path.relpath(sys.executable, sys.prefix))
-    spec = {"argv": [python], "display_name": "mine", "language": "python"}
-    kernel(tmp_path / "mine", monkeypatch, json.dumps(spec))
-    assert runner.lacking() is None
-
-
-def test_a_damaged_kernel_and_a_missing_package_are_told(tmp_path, monkeypatch):
-    kernel(tmp_path / "mine", monkeypatch, "{")
-    assert "the Jupyter kernel python3 cannot be read" in runner.lacking()
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "ipykernel" else name)
-    assert f"{sys.executable} lacks ipykernel; " in runner.lacking()
+@pytest.mark.parametrize("text", ['{"argv": ["/nonexistent/python"], "display_name": "mine"}', "{"])
+def test_a_kernel_of_the_users_own_does_not_take_this_environments_place(text, write, tmp_path, monkeypatch):
+    kernel(tmp_path / "mine", monkeypatch, text)
+    runner.main([], write("01_first", "PROFILE = 'toy'", f"import sys\nassert sys.prefix == {sys.prefix!r}"))
 
 
 def test_a_cell_that_takes_too_long_is_named(write, monkeypatch):

@@ -1,4 +1,4 @@
-"""What the shell scripts do to a machine: .venv, links, line ends. In copies of the scripts, and nothing is downloaded."""
+"""What the shell scripts do to a machine: .venv, links, line ends. In copies, and nothing is downloaded."""
 
 import os
 import shutil
@@ -89,18 +89,41 @@ def listing(folder):
     return sorted((str(p.relative_to(folder)), p.lstat().st_mtime_ns) for p in folder.rglob("*"))
 
 
+ITSELF = "--quiet --no-deps --no-build-isolation --editable ."
+
+
 def test_the_first_call_makes_an_environment_and_the_second_uses_it(checkout, run):
     (checkout / ".venv").mkdir()  # as a volume that is mounted there
-    for asked in [
-        [
-            "pip install --quiet --disable-pip-version-check uv",
-            f"uv pip install --python {checkout}/.venv/bin/python -r requirements.txt",
-        ],
-        [],
-    ]:
+    uv = f"uv pip install --python {checkout}/.venv/bin/python"
+    first = [
+        "pip install --quiet --disable-pip-version-check uv",
+        f"{uv} -r requirements.txt",
+        f"{uv} {ITSELF}",
+    ]
+    for asked in (first, []):
         done = run("toy", "--only", "02")
         assert done.stdout == f"run by {checkout}/.venv toy --only 02\n", done.stderr
         assert done.asked == asked
+
+
+@pytest.mark.parametrize("name", ["requirements.txt", "pyproject.toml"])
+def test_an_environment_is_brought_up_to_date_when_a_list_of_packages_changes(checkout, run, name):
+    assert len(run().asked) == 3
+    (checkout / ".venv" / "extra").write_text("mine")
+    with open(checkout / name, "a") as file:
+        file.write("# changed\n")
+    assert len(run().asked) == 3 and (checkout / ".venv" / "extra").exists()
+    assert run().asked == []
+
+
+def test_a_copied_checkout_installs_itself_and_not_the_first_one(checkout, run, tmp_path):
+    """A .venv that was copied with its checkout would import the package of the first one."""
+    assert len(run().asked) == 3
+    copied = tmp_path / "copied"
+    shutil.copytree(checkout, copied, symlinks=True)
+    done = run(script=copied / "run_all.sh")
+    assert done.asked[-1] == f"uv pip install --python {copied}/.venv/bin/python {ITSELF}"
+    assert run(script=copied / "run_all.sh").asked == []
 
 
 @pytest.mark.parametrize("times", [1, 2])
@@ -159,7 +182,7 @@ def test_a_half_made_or_broken_environment_of_ours_is_made_anew(checkout, run, s
     (checkout / ".venv" / "requirements.sha256").write_text(stamp)
     done = run()
     assert done.stdout == f"run by {checkout}/.venv\n", done.stderr
-    assert len(done.asked) == 2 and not (checkout / ".venv" / "lib" / "torn").exists()
+    assert len(done.asked) == 3 and not (checkout / ".venv" / "lib" / "torn").exists()
 
 
 def test_an_update_that_fails_costs_nothing_and_is_tried_again(checkout, run):
@@ -188,7 +211,24 @@ def test_where_uv_fails_pip_takes_over_and_says_what_it_ignores(checkout, run, b
     (checkout / ".venv" / "requirements.sha256").write_text("0" * 64)
     done = run(FAILING="uv", **backend)
     assert said in done.stderr.splitlines()[-1] and done.returncode == 0
-    assert done.asked[-1] == "pip install --disable-pip-version-check -r requirements.txt"
+    pip = "pip install --disable-pip-version-check"
+    assert done.asked[-2:] == [f"{pip} -r requirements.txt", f"{pip} {ITSELF}"]
+
+
+def test_the_package_installs_from_the_checkout_without_a_download(tmp_path):
+    """As setup_env.sh installs it, but for its checkout, which the command misses in one sentence."""
+    options = ["--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--target", tmp_path / "site"]
+    source = tmp_path / "checkout"
+    shutil.copytree(ROOT / "lgap_utils", source / "lgap_utils")
+    for name in ("pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, source / name)
+    pytest.importorskip("pip")
+    subprocess.run([sys.executable, "-m", "pip", "install", *options, source], check=True)
+    env = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
+    command = [sys.executable, "-P", "-m", "lgap_utils", "doctor", "toy"]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stdout == "" and done.stderr.count("\n") == 1
+    assert "python -m lgap_utils needs the checkout" in done.stderr and "git clone https://" in done.stderr
 
 
 def test_a_file_system_without_locks_stops_nothing(checkout, run, tmp_path):

@@ -1,4 +1,4 @@
-"""Writes the repository's public address, named once in lgap_utils/__init__.py, into every badge and bootstrap cell."""
+"""Writes the repository's address, named once in lgap_utils/__init__.py, in every badge and notebook."""
 
 import pathlib
 import re

@@ -8,99 +8,33 @@ import sys
 import textwrap
 
 from lgap_utils.files import CheckpointError
-from lgap_utils.profiles import PROFILES, get_profile
-from tools import doctor, runner
+from lgap_utils.profiles import ROOT
+from tools import doctor
+from tools.request import add_profile, parameters, settings_of, values_for
 
 
-def command_line():
-    parser = argparse.ArgumentParser(prog="python -m lgap_utils")
-    commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser(
-        "doctor", help="what a profile needs, what of it is missing, and what a run will cost"
-    )
-    command.add_argument(
-        "profile", nargs="?", default="toy", help=f"one of {', '.join(PROFILES)}; default: toy"
-    )
-    command.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="a field of the profile, as in n_images=64",
-    )
-    command.add_argument(
-        "--deep", action="store_true", help="check the digests of models and read every image, too"
-    )
-    return parser
-
-
-def settings_of(profile, items):
-    """--set's ["n_images=64", ...] as fields of the profile. Raises ValueError, with the choices."""
-    get_profile(profile)
-    settings = {name.lower(): value for name, value in runner.parse_settings(items).items()}
-    fields = runner.profile_fields(profile)
-    if unknown := sorted(set(settings) - fields):
-        raise ValueError(
-            f"--set {unknown[0]}: the profile has no such field; there are {', '.join(sorted(fields))}"
-        )
-    get_profile(profile, **settings)
-    return settings
-
-
-def show(checks, width):
-    """The checks as a table; a command that does not fit goes on after a backslash, so that it can be pasted."""
+def show(checks: list[doctor.Check], width: int) -> None:
+    """Print a table. A command that does not fit goes on after a backslash, so that it can be pasted."""
     first = max(len(check.what) for check in checks)
     for check in checks:
         lines = []
         for line in check.detail.split("\n"):
-            parts = textwrap.wrap(
-                line, max(40, width - first - 14), break_long_words=False, break_on_hyphens=False
-            )
-            lines += [part + " \\" for part in parts[:-1]] + parts[-1:] if line.startswith("hf ") else parts
+            room = max(40, width - first - 14)
+            parts = textwrap.wrap(line, room, break_long_words=False, break_on_hyphens=False)
+            if line.startswith("hf "):
+                parts = [part + " \\" for part in parts[:-1]] + parts[-1:]
+            lines += parts
         head = f"{check.what:{first}}  {check.state:8}  "
         print(head + f"\n{' ' * len(head)}".join(lines))
 
 
-def show_costs(name, settings):
-    """What each notebook asks for, and how long that takes here."""
-    rows, prices = [], {}
-    for notebook, (p, asked) in doctor.costs(name, **settings).items():
-        key = (
-            p.captioner,
-            p.diffusion,
-            p.size,
-            p.strength,
-            p.num_inference_steps,
-        )  # what else there is, no table changes
-        if key not in prices:
-            prices[key] = doctor.price(p)
-        rows.append((notebook, asked, doctor.seconds(asked, prices[key])))
-    columns = {"captions": 12, "forward only": 18, "with gradient": 15, "calls": 18}
-    print(
-        f"\n{'at most':30}{'captions':>12}{'purifications':>18}{'with gradient':>15}{'denoiser calls':>18}{'here':>10}"
-    )
-    for notebook, asked, took in rows:
-        print(
-            f"{notebook:30}"
-            + "".join(f"{asked[name]:{width},}" for name, width in columns.items())
-            + f"{duration(took):>10}"
-        )
-    in_all = None if any(took is None for *_, took in rows) else sum(took for *_, took in rows)
-    print(f"{'in all':30}{duration(in_all):>73}")
-    print("\n".join(dict.fromkeys(how for *_, how in prices.values())))
-    print(
-        "A gradient counts as three passes through the denoiser; what the classifier does alone comes on top."
-    )
-
-
-def duration(seconds):
-    return (
-        "-" if seconds is None else runner.duration(seconds) if seconds < 7200 else f"{seconds / 3600:.1f} h"
-    )
-
-
-def main(argv=None):
-    parser = command_line()
+def main(argv: list[str] | None = None) -> None:
+    about = "what a profile needs, what of it is missing, and what a run will cost"
+    parser = argparse.ArgumentParser(prog="python -m lgap_utils")
+    command = parser.add_subparsers(dest="command", required=True).add_parser("doctor", help=about)
+    add_profile(command, "a field of the profile, as in n_images=64")
+    deep = "check the digests of models and read every image, too"
+    command.add_argument("--deep", action="store_true", help=deep)
     args = parser.parse_args(argv)
     try:
         settings = settings_of(args.profile, args.set)
@@ -108,17 +42,16 @@ def main(argv=None):
         parser.error(str(error))
     try:
         checks = doctor.examine(args.profile, args.deep, **settings)
-    except (
-        CheckpointError,
-        ValueError,
-    ) as error:  # of the lock file itself, or of a field that one table's settings do not go with
+    except (CheckpointError, ValueError) as error:  # of the lock file, or of a table's profile
         sys.exit(str(error))
     show(checks, shutil.get_terminal_size((140, 24)).columns)
-    show_costs(args.profile, settings)
+    plan = {}
+    for path in sorted((ROOT / "notebooks").glob("[0-9]*.ipynb")):
+        upper = {name.upper(): value for name, value in settings.items()}
+        plan[path] = values_for(parameters(path), upper, args.profile)
+    from tools.cost import print_costs  # after the checks, as it loads everything
+
+    print_costs(plan)
     ready = doctor.can_run(checks)
     print(f"\nprofile {args.profile} {'can' if ready else 'cannot'} run here")
     sys.exit(not ready)
-
-
-if __name__ == "__main__":
-    runner.quietly(main)

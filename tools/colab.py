@@ -10,19 +10,21 @@ import subprocess
 import sys
 
 
-def missing(text):
+def plain(name: str) -> str:
+    """A package's name as the index compares it."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def missing(text: str) -> list[str]:
     """The lines of a requirements file whose package is not installed in any version."""
-    lines = [line.strip() for line in text.splitlines() if re.match(r"[A-Za-z0-9]", line)]
-    installed = {
-        re.sub(r"[-_.]+", "-", d.metadata["Name"]).lower()
-        for d in importlib.metadata.distributions()
-        if d.metadata["Name"]
-    }
-    return [
-        line
-        for line in lines
-        if re.sub(r"[-_.]+", "-", re.match(r"[\w.-]+", line).group()).lower() not in installed
-    ]
+    names = [distribution.metadata["Name"] for distribution in importlib.metadata.distributions()]
+    installed = {plain(name) for name in names if name}
+    lines = []
+    for line in map(str.strip, text.splitlines()):
+        name = re.match(r"[A-Za-z0-9][\w.-]*", line)
+        if name and plain(name[0]) not in installed:
+            lines.append(line)
+    return lines
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
 """Puts what a run measured where readers find it:   python tools/publish.py PROFILE
 
-Copies tables, charts, results.json, the rows of Tables 1 to 4 and the fine-tuned classifier from outputs/PROFILE
-(or $LGAP_OUTPUTS) to outputs/published/PROFILE, except for what .gitignore names, and fills the README's tables,
-between `<!-- table: FILE -->` and `<!-- end -->`, so that no number is typed by hand. No run reads or writes
-there: a clone measures anew.
+Copies tables, charts, results.json, the rows of Tables 1 to 4 and the fine-tuned classifier from
+outputs/PROFILE (or $LGAP_OUTPUTS) to outputs/published/PROFILE, except for what .gitignore names. Fills the
+README's tables, between `<!-- table: FILE -->` and `<!-- end -->`. No run reads or writes there.
 """
 
 import json
@@ -12,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -21,61 +21,48 @@ from lgap_utils.profiles import PROFILES, output_root  # noqa: E402
 
 MARKED = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 RESULTS = (
-    "results.json",
-    "tables/*.csv",
-    "tables/*.md",
-    "tables/*.tex",
-    "figures/*.png",
-    "rows/table*/*/*.parquet",
-    "rows/table*/*/config.json",
-    "classifier_*/*.json",
-    "classifier_*/*.safetensors",
-    "classifier_*/SHA256SUMS",
+    *("results.json", "tables/*.csv", "tables/*.md", "tables/*.tex", "figures/*.png"),
+    *("rows/table*/*/*.parquet", "rows/table*/*/config.json"),
+    *("classifier_*/*.json", "classifier_*/*.safetensors", "classifier_*/SHA256SUMS"),
 )
 
 
-def filled(text, root=ROOT):
+def filled(text: str, root: pathlib.Path = ROOT) -> str:
     """The text with each marked part replaced by the file it names; a part whose file is not there stays."""
 
-    def table(match):
+    def table(match: re.Match) -> str:
         file = root / match[2]
         return f"{match[1]}{file.read_text().strip()}\n{match[3]}" if file.exists() else match[0]
 
     return MARKED.sub(table, text)
 
 
-def kept(root, files):
-    """Those of `files`, paths below `root`, that git would keep. Raises RuntimeError outside of a git checkout."""
-    asked = subprocess.run(
-        ["git", "check-ignore", "--no-index", "--stdin", "-z"],
-        cwd=root,
-        input="\0".join(map(str, files)),
-        capture_output=True,
-        text=True,
-    )
-    if asked.returncode not in (0, 1):
-        raise RuntimeError(
-            "publishing needs a git checkout, for what .gitignore names stays out: " + asked.stderr.strip()
-        )
-    ignored = set(asked.stdout.split("\0"))
-    return [file for file in files if str(file) not in ignored]
+def ignored(root: pathlib.Path, files: Iterable[pathlib.Path]) -> set[pathlib.Path]:
+    """Those of `files`, paths below `root`, that .gitignore names. Raises RuntimeError outside of git."""
+    command = ["git", "check-ignore", "--no-index", "--stdin", "-z"]
+    names = "\0".join(map(str, files))
+    answer = subprocess.run(command, cwd=root, input=names, capture_output=True, text=True)
+    if answer.returncode not in (0, 1):
+        raise RuntimeError(f"publishing needs a git checkout, as .gitignore decides: {answer.stderr.strip()}")
+    return {pathlib.Path(name) for name in answer.stdout.split("\0") if name}
 
 
-def publish(source, root, profile):
-    """Copy the results in `source` to outputs/published/`profile` below `root`; returns the number of files."""
+def publish(source: pathlib.Path, root: pathlib.Path, profile: str) -> int:
+    """Copy the results in `source` to outputs/published/PROFILE below `root`; returns the number of files."""
     json.loads((source / "results.json").read_text())  # a torn one is not published
     target = pathlib.Path("outputs", "published", profile)
-    found = {target / file.relative_to(source): file for pattern in RESULTS for file in source.glob(pattern)}
-    wanted = kept(root, found)
+    files = {target / file.relative_to(source): file for pattern in RESULTS for file in source.glob(pattern)}
+    for file in ignored(root, files):
+        del files[file]
     # Shards of an earlier run would be read together with those of this one.
-    for folder in {file.parent for file in wanted if file.suffix == ".parquet"}:
+    for folder in {file.parent for file in files if file.suffix == ".parquet"}:
         shutil.rmtree(root / folder, ignore_errors=True)
-    for file in wanted:
+    for file, measured in files.items():
         (root / file).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(found[file], root / file)
+        shutil.copyfile(measured, root / file)
     readme = root / "README.md"
     readme.write_text(filled(readme.read_text(), root))
-    return len(wanted)
+    return len(files)
 
 
 if __name__ == "__main__":

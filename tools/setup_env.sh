@@ -1,8 +1,10 @@
 # Sourced by run_all.sh and run_tests.sh: finds a Python that has what requirements.txt lists.
 #
 # After `set_up`, the working directory is the checkout and $python is an interpreter of the active conda or virtual
-# environment, or else of .venv, which is made on the first call and brought up to date when requirements.txt changes.
-# A .venv that somebody else made is used as an active environment is: nothing in it is changed.
+# environment, or else of .venv, which is made on the first call with this checkout installed in it (editable), and
+# brought up to date when requirements.txt or pyproject.toml changes or the checkout was moved.
+# A .venv that somebody else made is used as an active environment is: nothing in it is changed. It need not have
+# this package installed, as scripts and notebooks find the checkout by themselves.
 
 # Child programs that handle Ctrl-C themselves return as if they had failed, and the script would go on.
 trap 'exit 130' INT
@@ -61,12 +63,16 @@ use_given() {
 where it has pip, 'pip install -r requirements.txt' in it, or $3."
 }
 
+# The packages of requirements.txt, then this checkout itself, built with what is then there: no second download.
 # uv takes seconds where pip takes minutes; pip is the second choice because it reads the user's pip settings.
 install_requirements() {
+    local itself=(--quiet --no-deps --no-build-isolation --editable .)
     if "$python" -m pip install --quiet --disable-pip-version-check uv &&
-        "$python" -m uv pip install --python "$python" -r requirements.txt; then return; fi
+        "$python" -m uv pip install --python "$python" -r requirements.txt &&
+        "$python" -m uv pip install --python "$python" "${itself[@]}"; then return; fi
     echo "uv did not succeed; the same with pip${UV_TORCH_BACKEND:+, which ignores UV_TORCH_BACKEND=$UV_TORCH_BACKEND}:" >&2
-    "$python" -m pip install --disable-pip-version-check -r requirements.txt
+    "$python" -m pip install --disable-pip-version-check -r requirements.txt &&
+        "$python" -m pip install --disable-pip-version-check "${itself[@]}"
 }
 
 # True of anything but an empty folder: what somebody else put there must not be lost.
@@ -81,7 +87,16 @@ use_own() {
     # be locked. The lock ends with the descriptor, so a killed call leaves none behind.
     exec 9<requirements.txt
     "$python" -c 'import fcntl; fcntl.flock(9, fcntl.LOCK_EX)' 2>/dev/null || true
-    wanted=$("$python" -c 'import hashlib; print(hashlib.sha256(open("requirements.txt", "rb").read()).hexdigest())')
+    wanted=$("$python" - "$root" <<'EOP'
+import hashlib, os, sys
+
+digest = hashlib.sha256(os.fsencode(sys.argv[1]))   # a copy of a checkout must not import from the first one
+for name in ("requirements.txt", "pyproject.toml"):
+    with open(name, "rb") as f:
+        digest.update(f.read())
+print(digest.hexdigest())
+EOP
+)
     # The stamp says that .venv was made here. Without it nothing below may touch what is there.
     if [ -f "$stamp" ]; then
         have=$(<"$stamp")
@@ -101,7 +116,7 @@ use_own() {
     fi
     python=$root/.venv/bin/python
     if [ "$have" != "$wanted" ]; then
-        echo "Bringing the packages of requirements.txt into .venv (several GB the first time)." >&2
+        echo "Bringing this package and those of requirements.txt into .venv (several GB the first time)." >&2
         echo unfinished >"$stamp"
         if ! install_requirements; then
             # An update that could not be had must not cost the environment that was there before.

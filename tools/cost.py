@@ -1,0 +1,281 @@
+"""What a run will cost, from a dry run: the notebooks' own cells, with stand-ins that only count.
+
+Images and rows are made up, and the models are those of `toy`, which are not asked. Rows that one notebook
+has, the next does not ask for again. An attack that may end early is counted to its end. Left out: what the
+classifier does alone, fine-tuning included.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import json
+import os
+import pkgutil
+import re
+import tempfile
+import time
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from unittest import mock
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import torch
+from torch import nn
+from transformers.utils import logging
+
+import lgap_utils
+from lgap_utils import attacks, data, evaluate, figures, models, toy, train
+from lgap_utils.defense import LatentPurifier
+from lgap_utils.files import CheckpointError
+from lgap_utils.images import Images
+from lgap_utils.noise import Keys
+from lgap_utils.profiles import REVISIONS, TOY, Profile, get_profile
+from lgap_utils.protocols import NATURAL
+from tools.needs import Item, models_of
+from tools.request import Values
+from tools.runner import duration
+
+Costs = dict[Path, tuple[Profile, Counter]]  # {notebook: (its profile, counts)}
+Prices = dict[str, tuple[float, float]]  # {what is counted: (best, worst) seconds of one}
+SHOWN = 8  # made-up rows of a call, however many images it is about
+GRADIENT = 3  # a gradient costs about two more passes than a purification, as in Evaluation.plan
+STAND_IN = {"captioner": TOY.captioner, "diffusion": TOY.diffusion, "classifier": TOY.classifier}
+STAND_IN |= {"dtype": "float32", "variant": "", "needs_gpu": False}
+# GFLOP of the true-size models (FlopCounterMode), by working size in pixels. At 64: as in paper/speed.csv.
+UNET = {64: 13.6, 128: 45.8, 224: 140, 256: 180, 384: 423, 512: 803}  # one denoiser call
+CODING = {64: 82, 128: 249, 224: 711, 256: 922, 384: 2053, 512: 3659}  # VAE there and back, and two texts
+CAPTION = 173  # BLIP-base, three beams
+# FLOP/s that are assumed: 50 % and 20 % of the 790e12 that an H100 or H200 reaches in bfloat16
+RATES = (395e12, 158e12)
+
+
+class Tally:
+    """Stand-ins for what computes in lgap_utils, and a Counter of what they were asked for.
+
+    counts: "captions", purifications "forward" and "gradient", "calls" of the denoiser. "images" and "passes"
+    are purifications and calls in which one with a gradient counts GRADIENT times.
+    """
+
+    def __init__(self):
+        self.counts = Counter()
+        self.done = defaultdict(set)  # {(folder, attack): indices of images}
+
+    def caption(self, captioner, x):
+        self.counts["captions"] += len(x)
+        return ["a picture"] * len(x)
+
+    def add(self, n, purifier, gradient=False):
+        """Count n purifications."""
+        weight, calls = GRADIENT if gradient else 1, n * purifier.denoiser_calls
+        self.counts["gradient" if gradient else "forward"] += n
+        self.counts.update(calls=calls, images=n * weight, passes=calls * weight)
+
+    def purify(self, purifier, x, captions, keys=None, trace=None):
+        n = len(keys or x)
+        self.add(n, purifier, x.requires_grad)
+        if trace is not None:
+            trace.times, trace.latents, trace.denoised = [1, 0], [x, x], [x]
+        return x.repeat_interleave(n // len(x), 0)
+
+    def purify_rows(self, defense, images, folder, **_):
+        self.caption(None, images)
+        self.add(len(images), defense.purifier)
+        few = images[:SHOWN]
+        rows = pd.DataFrame({"index": few.indices, "label": few.labels, "undefended": few.labels})
+        pixels = [pixels.numpy().tobytes() for pixels in few.pixels]
+        return rows.assign(prediction=few.labels, caption="a picture", linf=0.0, purified=pixels, seconds=0.0)
+
+    def run(self, evaluation, attack, indices=None):
+        """In place of Evaluation.run: `plan`'s trial, scoring as one image costs, the attack as it says."""
+        images = evaluation.images
+        wanted = images.indices.tolist() if indices is None else [int(i) for i in indices]
+        if attack != NATURAL:
+            self.run(evaluation, NATURAL, wanted)
+        new = set(wanted) - self.done[evaluation.folder, attack.name]
+        self.done[evaluation.folder, attack.name] |= new
+        if new:
+            evaluation.plan(attack, len(new))
+            before = self.counts.copy()
+            for defense in evaluation.defenses.values():
+                evaluation.score(defense, images.x[:1], images.indices[:1])
+            forward, gradient = attack.purifications()
+            if forward + gradient:  # one caption a look, for all of its draws, or one for the whole attack
+                looks = (forward + gradient) // attack.n_eot
+                self.counts["captions"] += looks if attack.captions == "anew" else 1
+                self.add(forward, evaluation.target.purifier)
+                self.add(gradient, evaluation.target.purifier, gradient=True)
+            for name, of_one in (self.counts - before).items():
+                self.counts[name] += (len(new) - 1) * of_one
+        rows = []
+        for index in wanted[:SHOWN]:
+            for name, defense in evaluation.defenses.items():
+                rows += [(index, name, draw) for draw in range(evaluation.draws_of(defense))]
+        table = pd.DataFrame(rows, columns=["index", "defence", "draw"])
+        of_attack = {name: getattr(attack, name) for name in ("eps_255", "n_steps", "n_eot", "success")}
+        blank = {
+            "label": 0,
+            "clean": 0,
+            "adversarial": 0,
+            "caption": "a picture",
+            "caption_clean": "a picture",
+        }
+        blank |= {
+            "linf": 0.0,
+            "inside": True,
+            "broke_at": -1,
+            "bad_gradients": 0,
+            "flags": "",
+            "seconds": 0.0,
+        }
+        return table.assign(attack=attack.name, **of_attack, **blank)
+
+
+def made_up(dataset: str, split: str, n: int = 1, start: int = 0, crop: int | None = None) -> Images:
+    """In place of load_images: n small grey images, of as few classes as `toy` has."""
+    pixels, labels = torch.full((n, 3, 8, 8), 128, dtype=torch.uint8), torch.zeros(n, dtype=torch.long)
+    return Images(pixels, labels, torch.arange(start, start + n), toy.CLASSES)
+
+
+@contextlib.contextmanager
+def replaced(stand_ins: dict[Callable, Callable]) -> Iterator[None]:
+    """Inside of it, every module of lgap_utils that holds one of these functions holds its stand-in."""
+    by_id = {id(function): stand_in for function, stand_in in stand_ins.items()}
+    names = [f"lgap_utils.{module.name}" for module in pkgutil.iter_modules(lgap_utils.__path__)]
+    modules = [importlib.import_module(name) for name in names]  # one that is imported later would keep them
+    with contextlib.ExitStack() as stack:
+        for module in modules:
+            for name, value in list(vars(module).items()):
+                if id(value) in by_id:
+                    stack.enter_context(mock.patch.object(module, name, by_id[id(value)]))
+        yield
+
+
+def run_cells(path: Path, values: Values) -> None:
+    """Run the code cells of a notebook in one namespace, its parameters set to `values`."""
+    namespace = {"__name__": path.stem}
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        tags = cell["metadata"].get("tags", [])
+        if cell["cell_type"] == "code" and "bootstrap" not in tags:
+            exec(compile("".join(cell["source"]), path.name, "exec"), namespace)
+            namespace |= values if "parameters" in tags else {}
+
+
+def count(plan: dict[Path, Values]) -> Costs:
+    """What a run of the plan, {notebook: parameters}, asks for from nothing."""
+    tally, costs = Tally(), {}
+    net = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, len(toy.CLASSES)))
+    classifier = net.eval().requires_grad_(False)  # of images of any size
+    stand_ins = {
+        attacks.pgd: lambda model, x, y, **_: x.clone(),  # the notebooks' own: on the classifier alone
+        data.classes_of: lambda dataset: toy.CLASSES,
+        data.load_images: made_up,
+        evaluate.purify_rows: tally.purify_rows,
+        figures.save_figure: lambda figure, *_: plt.close(figure),
+        models.load_classifier: lambda *_, **__: classifier,
+        train.finetune: lambda *_, **__: [{"epoch": 1, "loss": 0.0, "train": 1.0, "validation": 1.0}],
+    }
+    same = {"encode": lambda _, x, keys: x, "decode": lambda _, z: z, "resize": lambda _, x, size: x}
+    plt.switch_backend("agg")
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        stack.enter_context(mock.patch.dict(os.environ, LGAP_OUTPUTS=folder, LGAP_DEVICE="cpu"))
+        stack.enter_context(
+            mock.patch.object(models.Captioner, "forward", lambda *args: tally.caption(*args))
+        )
+        forward = lambda *args: tally.purify(*args)
+        stack.enter_context(mock.patch.multiple(LatentPurifier, forward=forward, **same))
+        stack.enter_context(mock.patch.object(evaluate.Evaluation, "run", lambda *args: tally.run(*args)))
+        stack.enter_context(replaced(stand_ins))
+        stack.enter_context(warnings.catch_warnings(action="ignore"))
+        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        for path, values in plan.items():
+            before, settings = tally.counts.copy(), values.get("SETTINGS", {})
+            run_cells(path, values | {"SETTINGS": settings | STAND_IN})
+            table = re.search(r"_table(\d)", path.stem)
+            profile = get_profile(values["PROFILE"], table and int(table[1]), **settings)
+            costs[path] = profile, tally.counts - before
+    return costs
+
+
+def timed(profile: Profile, n: int = 8) -> Prices:
+    """Of the real captioner and purifier: the best and the worst of five calls with n images."""
+    defense = models.load_defense(profile, classifier=lambda x: x)
+    x, keys = torch.rand(n, 3, 32, 32).to(defense.purifier.device), Keys(range(n))
+    captions = defense.caption(x)
+    calls = {
+        "captions": (n, lambda: defense.caption(x)),
+        "passes": (
+            n * defense.purifier.denoiser_calls,
+            lambda: defense.purify(x, captions, keys).sum().item(),
+        ),
+    }
+    prices = {}
+    for name, (each, call) in calls.items():
+        took = []
+        for _ in range(6):
+            began = time.perf_counter()
+            with torch.no_grad():
+                call()
+            took.append((time.perf_counter() - began) / each)
+        prices[name] = min(took[1:]), max(took[1:])  # the first one loads and plans kernels
+    return prices
+
+
+def price(profile: Profile) -> tuple[Prices, str]:
+    """(prices, where they are from); none where the models are neither here nor of known FLOPs."""
+    try:
+        device = models.device_of()
+    except ValueError as error:
+        return {}, f"not timed: {error}"
+    parts = [part for part in models_of([profile]) if part.what in ("captioner", "diffusion")]
+    here = all(isinstance(part, Item) and not part.absent for part in parts)
+    if here and not (profile.needs_gpu and device.type == "cpu"):
+        return timed(profile), f"timed just now on {device}: the best and the worst of 5 calls with 8 images"
+    if not {profile.captioner, profile.diffusion} <= set(REVISIONS):
+        return {}, "not timed: the captioner or the diffusion model is not here"
+    known = min(UNET, key=lambda size: abs(size - profile.size))
+    pixels = (profile.size / known) ** 2  # between the sizes that are known, FLOPs grow with the pixels
+    gflop = {"captions": CAPTION, "images": CODING[known] * pixels, "passes": UNET[known] * pixels}
+    rates = " or ".join(f"{rate / 1e12:.0f}" for rate in RATES)
+    where = f"computed from FLOPs, for one GPU that reaches {rates} TFLOP/s (an H100's or H200's 50 or 20 %)"
+    return {name: (1e9 * each / RATES[0], 1e9 * each / RATES[1]) for name, each in gflop.items()}, where
+
+
+def print_costs(plan: dict[Path, Values]) -> None:
+    """Print what each notebook of the plan, {notebook: parameters}, asks for, and how long that takes."""
+    logging.disable_progress_bar()
+    try:
+        costs = count(plan)
+    except (CheckpointError, ValueError) as error:  # of the models of `toy`, which stand in
+        return print(f"\nwhat a run costs could not be counted: {error}")
+    columns = ("captions", "forward", "gradient", "calls")
+    print(
+        f"\n{'at most':28}{'captions':>16}{'purifications':>16}{'with gradient':>16}{'calls':>16}{'time':>20}"
+    )
+    total, prices = [0.0, 0.0], {}
+    for path, (profile, counts) in costs.items():
+        same = (
+            profile.captioner,
+            profile.diffusion,
+            profile.size,
+            profile.strength,
+            profile.num_inference_steps,
+        )
+        if same not in prices:
+            prices[same] = price(profile)
+        took = [sum(counts[name] * each[k] for name, each in prices[same][0].items()) for k in (0, 1)]
+        total = [total[k] + took[k] for k in (0, 1)]
+        numbers = "".join(f"{counts[name]:16,}" for name in columns)
+        print(f"{path.stem:28}{numbers}{time_range(*took):>20}")
+    print(f"{'in all':28}{'':64}{time_range(*total):>20}")
+    print(*dict.fromkeys(where for _, where in prices.values()), sep="\n")
+    print(f"A gradient counts as {GRADIENT} passes; what the classifier does alone comes on top.")
+
+
+def time_range(best: float, worst: float) -> str:
+    return f"{duration(best)} to {duration(worst)}" if worst else "-"
