@@ -160,7 +160,12 @@ def package(checkout):
 
 def run_cell(text, folder, python_path=""):
     return subprocess.run(
-        [sys.executable, "-IS" if not python_path else "-P", "-c", f"{text}\nimport lgap_utils\nprint(pathlib.Path(lgap_utils.__file__).parents[1])"],
+        [
+            sys.executable,
+            "-IS" if not python_path else "-P",
+            "-c",
+            f"{text}\nimport lgap_utils\nprint(pathlib.Path(lgap_utils.__file__).parents[1])",
+        ],
         cwd=folder,
         env={"PYTHONPATH": str(python_path), "PYTHONUTF8": "1"},
         capture_output=True,
