@@ -44,9 +44,9 @@ def folder_name(name: str) -> str:
 
 
 def open_rows(folder: Path, config: dict, defenses: dict, attack: Attack | None = None) -> Rows:
-    """The `Rows` in `folder`; in a new one, for this run alone, where the attack or a part has no settings of its own.
+    """The `Rows` in `folder`; in a new one for this run alone where the attack or a part has no settings.
 
-    defenses: {name: `describe_defense`}. Rows of an attack have one for each defence and draw.
+    defenses: {name: `describe_defense`}. An attack has a row for each defence and draw.
     """
     unnamed = unnamed_in(defenses)
     if attack is not None and not own_settings(attack):
@@ -93,9 +93,9 @@ class Evaluation:
         """A row per image, defence and draw; those that are missing are computed and kept.
 
         indices: which images, by dataset index; None for all. Columns: index, label, defence, draw, clean and
-        adversarial (labels predicted), caption_clean and caption (of the adversarial image), linf, inside (the
-        threat model), broke_at, bad_gradients, flags (see attacks.Record), seconds (per image), attack, eps_255,
-        n_steps, n_eot, success. Raises TypeError for no Attack, ValueError for an index that is not at hand.
+        adversarial (labels predicted), caption_clean and caption (of the adversarial image), linf, inside (of
+        ball and [0, 1]), broke_at, bad_gradients, flags (see attacks.Record), seconds (per image), attack,
+        eps_255, n_steps, n_eot, success. Raises TypeError for no Attack, ValueError for a wrong index.
         """
         if not isinstance(attack, Attack):
             own = "for one of your own, a subclass with another __call__"
@@ -151,12 +151,12 @@ class Evaluation:
                 bar.refresh()
 
     def _whole_blocks(self, block: int, indices: list[int]) -> list[int]:
-        """The indices in the order of their blocks, index // block. Raises ValueError for a part of a block."""
+        """The indices in the order of their blocks, index // block. Raises ValueError for part of a block."""
         started = {i // block for i in indices}
         if rest := [i for i in self.places if i // block in started and i not in indices]:
             raise ValueError(
-                f"image {min(rest)} is in a block of {block} images that are attacked together, and is done or not "
-                f"asked for; ask for whole blocks (0 to {block - 1} is one), or move rows of a smaller set away"
+                f"image {min(rest)} is in a block of {block} images that are attacked together, and is done "
+                f"or not asked for; ask for whole blocks (0 to {block - 1} is one), or move kept rows away"
             )
         return sorted(indices)
 
@@ -191,7 +191,7 @@ class Evaluation:
 
     @torch.no_grad()
     def score(self, defense: LGAP, x: torch.Tensor, indices: torch.Tensor) -> tuple[list, list, str]:
-        """Images x [n, 3, h, w] under a defence: (n captions, n lists of a label for each draw, "" or a flag)."""
+        """Images x [n, 3, h, w] under a defence: (n captions, n lists with a label a draw, "" or a flag)."""
         n_draws = self.draws_of(defense)
         captions, labels, softmax = [], [], []
 
@@ -210,7 +210,7 @@ class Evaluation:
         return captions, labels, SOFTMAX if all(softmax) else ""
 
     def plan(self, attack: Attack, n: int) -> dict[str, Any]:
-        """What `attack` on n images takes: {"text", "purifications", "seconds", "cost" (purifications an image)}."""
+        """What an attack on n images takes: {"text", "purifications", "seconds", "cost" (of an image)}."""
         forward, backward = attack.purifications()
         draws = sum(map(self.draws_of, self.defenses.values()))
         purifications = n * (forward + backward + draws)
@@ -265,10 +265,10 @@ def purify_rows(
 ) -> pd.DataFrame:
     """Caption, purify and classify: a row per image, computed once and kept in `folder`.
 
-    x: what to purify in place of the images, e.g. adversarial versions [n, 3, h, w]; `config` says under "attack" how
-    they were made. Columns: index, image (digest of the pixels), label, caption, undefended and prediction (labels
-    before and after purification), linf (distance of x from the image), purified (uint8 pixels [3, h, w] as bytes),
-    seconds (per image). Raises ValueError for rows of other images or of another defence, seed or `config`.
+    x: what to purify in place of the images, e.g. adversarial ones [n, 3, h, w]; config["attack"] says how
+    they were made. Columns: index, image (digest of the pixels), label, caption, undefended and prediction
+    (labels before and after purification), linf (of x from the image), purified (uint8 [3, h, w] as bytes),
+    seconds (per image). Raises ValueError for kept rows of other images, another defence, seed or `config`.
     """
     if x is not None and not config.get("attack"):
         raise ValueError(
@@ -284,7 +284,8 @@ def purify_rows(
     device = next((p.device for p in defense.parameters()), torch.device("cpu"))
 
     def compute(indices: list[int]) -> None:
-        places = [place for place, index in enumerate(known) if index in set(indices)]
+        missing = set(indices)
+        places = [place for place, index in enumerate(known) if index in missing]
         with tqdm(total=len(x), initial=len(x) - len(places), desc=title, mininterval=2) as bar:
 
             def purify(p: slice) -> None:

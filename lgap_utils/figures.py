@@ -31,7 +31,7 @@ def style() -> None:
 
 
 def save_figure(figure: Figure, folder: str | Path, name: str) -> None:
-    """`name`.png and .pdf below `folder`, each written whole; without a date, so the same for the same figure."""
+    """`name`.png and .pdf below `folder`, each written whole and without a date: equal for equal figures."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for ending, metadata in (("png", {"Software": None}), ("pdf", {"CreationDate": None})):
@@ -109,9 +109,9 @@ def bars(table: pd.DataFrame, axis: Axes, colour: str | Sequence[str] | None = N
 
 
 def accuracy_figure(entries: Sequence[Mapping[str, Any]], title: str) -> Figure:
-    """Natural and robust accuracy of each entry with its interval, beside the paper's numbers where it has them.
+    """Natural and robust accuracy of each entry with its interval, and the paper's numbers where it has them.
 
-    entries: dicts as from `tables.table_rows`, or as `results.with_paper` completes them.
+    entries: rows as from `tables.table_rows`, with the paper's numbers as from `results.with_paper`.
     """
     import matplotlib.pyplot as plt
 

@@ -1,7 +1,7 @@
 """What kept rows depend on: captioner, purifier and classifier as plain data, equal only for equal parts.
 
-A part describes itself in `settings()`; its weights and buffers are digested beside that. Rows of a part without
-settings serve one run alone, as its attributes or code may be others in the next. `named` gives a part settings.
+A part describes itself in `settings()`; its weights and buffers are digested beside that. Rows of a part
+without settings serve one run alone, as its code may be another in the next. `named` gives it settings.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ VOLATILE = ("name_or_path", "transformers_version", "torch_dtype", "dtype")
 def named(part: Any, name: str, **settings: Any) -> Any:
     """`part` with a name and settings, by which later processes know it and resume its rows.
 
-    settings: numbers, text, lists or dicts of these; else TypeError or ValueError. Change one whenever the part
-    computes something else. A part that takes no attribute is returned in a `functools.partial`.
+    settings: numbers, text, lists or dicts of these; else TypeError or ValueError. Change one whenever the
+    part computes something else. A part that takes no attribute is returned in a `functools.partial`.
     """
     settings = {"name": name, **settings}
     digest(settings)
@@ -80,13 +80,13 @@ def _unnamed(described: Any) -> str | None:
 
 
 def digest(value: Any) -> str:
-    """16 hex digits of plain data, the same in every process. Raises TypeError or ValueError for other data."""
+    """16 hex digits of plain data, equal in every process. Raises TypeError or ValueError for other data."""
     text = json.dumps(value, sort_keys=True, allow_nan=False)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 def state_digest(module: torch.nn.Module) -> str:
-    """16 hex digits of all parameters, all buffers (saved or not) and the packed weights of quantised layers."""
+    """16 hex digits of all parameters, buffers (saved or not) and packed weights of quantised layers."""
     tensors = dict(module.named_parameters(remove_duplicate=False))
     tensors |= dict(module.named_buffers(remove_duplicate=False))
     saved = module.state_dict()
@@ -104,7 +104,7 @@ def state_digest(module: torch.nn.Module) -> str:
 
 
 def config_digest(config: Any) -> str:
-    """Digest of the configuration of a model, scheduler or processor, less `VOLATILE`, private and empty fields."""
+    """Digest of a model's, scheduler's or processor's configuration, less `VOLATILE`, private and None."""
     fields = config.to_dict() if hasattr(config, "to_dict") else dict(config)
     return digest(json.loads(json.dumps(_lasting(fields), default=str)))
 

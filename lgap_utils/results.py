@@ -12,6 +12,7 @@ import pandas as pd
 from .figures import accuracy_figure, save_figure
 from .files import folder_lock, write_whole
 from .profiles import ROOT, Profile
+from .rows import Frame
 from .tables import Share, as_text, save_table, wilson
 from .words import DATA_SETS
 
@@ -22,9 +23,9 @@ Row = dict[str, Any]  # as from `tables.table_rows`; natural and robust are shar
 NOT_RUN: Row = {"natural": None, "robust": None, "protocol": "quoted from the paper"}
 
 
-def paper_numbers(table: int) -> pd.DataFrame:
-    """The paper's rows of one table, as printed: text. Raises ValueError for a table that it does not have."""
-    numbers = pd.read_csv(ROOT / "paper" / "numbers.csv", dtype=str, keep_default_na=False)
+def paper_numbers(table: int) -> Frame:
+    """The paper's rows of one table, as printed: text. Raises ValueError for a table that it lacks."""
+    numbers: Frame = pd.read_csv(ROOT / "paper" / "numbers.csv", dtype=str, keep_default_na=False)
     if str(table) not in set(numbers["table"]):
         choices = sorted(numbers["table"].unique())
         raise ValueError(f"the paper has no table {table!r} of accuracies; choose from {choices}")
@@ -36,7 +37,7 @@ def _paper_data(table: int) -> str:
 
 
 def _not_comparable(table: int, profile: Profile, images: Images) -> str:
-    """Why our numbers are not held against the paper's: "other data", "other models", or "" where they are."""
+    """Why our numbers are not compared with the paper's: "other data", "other models", or ""."""
     if profile.dataset != _paper_data(table) or not images.official:
         return "other data"
     return "" if profile.same_models else "other models"
@@ -103,8 +104,8 @@ def _verdicts(paper: dict[str, str], row: Row, not_comparable: str) -> str:
 def compare_with_paper(table: int, ours: list[Row], profile: Profile, images: Images) -> pd.DataFrame:
     """The paper's table with our measurements beside it; no cell is blank.
 
-    A row of ours stands in the paper's row of the same method and attack, the others follow. The paper's number
-    is called inside or outside of our interval only where models, data set and images are the paper's.
+    A row of ours stands in the paper's row of the same method and attack, the others follow. The paper's
+    number is inside or outside of our interval only where models, data set and images are the paper's.
     """
     lines = []
     for paper, row in _pairs(table, ours):
@@ -151,7 +152,7 @@ def with_paper(table: int, rows: list[Row], profile: Profile, images: Images) ->
 
 
 def check_results(folder: str | Path) -> dict[str, Any]:
-    """What folder/results.json holds, {} where there is none. Raises ValueError for a torn or foreign file."""
+    """What folder/results.json holds, {} without one. Raises ValueError for a torn or foreign file."""
     file = Path(folder) / "results.json"
     try:
         results = json.loads(file.read_bytes())
@@ -173,7 +174,7 @@ def check_results(folder: str | Path) -> dict[str, Any]:
 def write_results(
     folder: str | Path, table: int, rows: list[Row], profile: Profile, images: Images, provenance: dict
 ) -> None:
-    """Put the rows of a table, and where they come from, into folder/results.json beside those of other tables.
+    """Put the rows of a table and their provenance into folder/results.json, beside those of other tables.
 
     Fields are named as in RobustBench's model_info where it has them; the paper's numbers are `reported` only
     where the images are the paper's. Written whole. Raises ValueError as `check_results` does.
@@ -225,7 +226,7 @@ def finish_table(
 ) -> pd.DataFrame:
     """Our rows beside the paper's table `number`, saved below profile.outputs and returned.
 
-    Saved are tables/`name` (.csv, .md, .tex), the table's part of results.json and figures/`name` (.png, .pdf).
+    Saved are tables/NAME (csv, md, tex), the table's part of results.json and figures/NAME (png, pdf).
     title: of the figure, after its `heading`. in_figure: the methods that it shows; all where empty.
     """
     table = compare_with_paper(number, ours, profile, images)

@@ -12,20 +12,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
+from pandas.util import hash_pandas_object
 
 from .files import folder_lock, write_whole
 
 if TYPE_CHECKING:
     from .images import Images
 
+Frame = Any  # a pandas.DataFrame; by pandas' own annotations `frame[...]` could be anything
 Known = dict[int, tuple[str, int]]  # {index: (digest of the pixels, label)}
 ADVICE = "move or delete the folder, or set LGAP_OUTPUTS to another one"
 
 
 class Rows:
-    """A folder of parquet shards, each written whole or not at all. key: columns that identify a row, "index" first.
+    """A folder of parquet shards, each written whole or not at all, that belongs to one configuration.
 
-    Raises ValueError, naming the difference, for a folder of another configuration.
+    key: the columns that identify a row, "index" first. Raises ValueError, naming the difference, for a
+    folder of another configuration.
     """
 
     def __init__(self, folder: str | Path, config: dict[str, Any], key: tuple[str, ...] = ("index",)):
@@ -48,7 +51,7 @@ class Rows:
         self.owner = hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
     def read(self) -> pd.DataFrame:
-        """All rows in the order of their key, each once: of rows in several shards those of the first count."""
+        """All rows in the order of their key, each once: of rows in several shards the first one's count."""
         shards = [self._shard(path) for path in sorted(self.folder.glob("*.parquet"))]
         shards = [shard for shard in shards if shard is not None]
         if not shards:
@@ -57,7 +60,7 @@ class Rows:
         return table.sort_values(self.key, ignore_index=True)
 
     def _shard(self, path: Path) -> pd.DataFrame | None:
-        """The rows of a shard. One that is torn or of another configuration is set aside with a message: None."""
+        """The rows of a shard; None for a torn or foreign one, which is set aside with a message."""
         import pyarrow.parquet as pq
 
         try:
@@ -92,8 +95,8 @@ class Rows:
         name = hashlib.blake2b(str(indices).encode(), digest_size=6).hexdigest()
         write_whole(self.folder / f"{indices[0]:06d}-{name}.parquet", buffer.getvalue())
 
-    def done(self, table: pd.DataFrame, known: Known) -> set[int]:
-        """The indices of the images in `table`. Raises ValueError for one whose pixels or label are not those `known`."""
+    def done(self, table: Frame, known: Known) -> set[int]:
+        """The indices in `table`. Raises ValueError for one whose pixels or label are not those `known`."""
         columns = [name for name in ("index", "image", "label") if name in table]
         for row in table[columns].drop_duplicates("index").to_dict("records"):
             index = row["index"]
@@ -110,10 +113,10 @@ class Rows:
     ) -> pd.DataFrame:
         """The rows of these images, n_rows each; compute(indices) writes those that are missing.
 
-        Waits for another process that writes into the folder and repeats nothing that it did. Raises RuntimeError,
-        naming an image, where rows are missing afterwards.
+        Waits for another process that writes into the folder, and repeats nothing that it did. Raises
+        RuntimeError, naming an image, where rows are missing afterwards.
         """
-        table = self.read()
+        table: Frame = self.read()
         if set(indices) - self.done(table, known):
             with folder_lock(self.folder, wait=True):
                 done = self.done(self.read(), known)  # another process may have added some
@@ -123,16 +126,15 @@ class Rows:
         table = table[table["index"].isin(indices)].reset_index(drop=True)
         count = table["index"].value_counts()
         if short := [i for i in indices if count.get(i, 0) != n_rows]:
-            rows = f"image {short[0]} has {count.get(short[0], 0)} rows of {n_rows}, {len(short)} images lack some"
-            raise RuntimeError(
-                f"{self.folder}: {rows}; did somebody change the folder meanwhile? Run this again"
-            )
+            rows = f"image {short[0]} has {count.get(short[0], 0)} rows of {n_rows}"
+            advice = "did somebody change the folder meanwhile? Run this again"
+            raise RuntimeError(f"{self.folder}: {rows}, {len(short)} images lack some; {advice}")
         return table
 
 
-def _digest(frame: pd.DataFrame) -> bytes:
-    """Of names and values: Parquet's own checksums cover pages of values, but not the names of the columns."""
-    values = pd.util.hash_pandas_object(frame, index=False).to_numpy().tobytes()
+def _digest(frame: Frame) -> bytes:
+    """Of names and values: Parquet's own checksums cover pages of values, but no names of columns."""
+    values = hash_pandas_object(frame, index=False).to_numpy().tobytes()
     return hashlib.blake2b(str(list(frame)).encode() + values, digest_size=16).hexdigest().encode()
 
 

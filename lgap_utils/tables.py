@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from .files import write_whole
+from .rows import Frame
 from .words import DATA_SETS, names_class
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from .protocols import Attack
 
 Share = dict[str, Any]  # {"%", "95 % interval", "k", "n"}: a number is never alone
-Runs = dict[str, tuple["Attack", pd.DataFrame]]  # {name in a table: (attack, rows of `Evaluation.run`)}
+Runs = dict[str, tuple["Attack", Frame]]  # {name in a table: (attack, rows of `Evaluation.run`)}
 
 
 def wilson(k: float, n: int) -> tuple[float, float]:
@@ -70,7 +71,7 @@ def as_text(share: Share | None, flags: str = "") -> str:
     return f"{share['%']:.1f} ({share['95 % interval']})" + ", flagged" * bool(flags)
 
 
-def of_images(rows: pd.DataFrame, defence: str, where: str = "") -> pd.DataFrame:
+def of_images(rows: Frame, defence: str, where: str = "") -> Frame:
     """The rows of one defence. Raises ValueError, naming the defences that there are, where it has none."""
     names = list(rows["defence"].unique()) if "defence" in rows else []
     if defence not in names:
@@ -79,7 +80,7 @@ def of_images(rows: pd.DataFrame, defence: str, where: str = "") -> pd.DataFrame
     return rows[rows["defence"] == defence]
 
 
-def _check_rows(rows: pd.DataFrame, column: str) -> None:
+def _check_rows(rows: Frame, column: str) -> None:
     """Refuse rows that are not one defence's images x draws with one label for each image."""
     if column not in ("clean", "adversarial"):
         raise ValueError(f"no accuracy of the column {column!r}; choose from ['clean', 'adversarial']")
@@ -96,7 +97,7 @@ def _check_rows(rows: pd.DataFrame, column: str) -> None:
             raise ValueError(f"{int(bad.sum())} of {len(bad)} images have {what}")
 
 
-def accuracy(rows: pd.DataFrame, column: str = "adversarial", how: str = "mean") -> Share:
+def accuracy(rows: Frame, column: str = "adversarial", how: str = "mean") -> Share:
     """The share of images whose label one defence finds, from its rows of images x noise draws.
 
     column: "clean" or "adversarial". how: "mean" over the draws (its interval counts images, not draws),
@@ -118,7 +119,7 @@ def accuracy(rows: pd.DataFrame, column: str = "adversarial", how: str = "mean")
     raise ValueError(f"no accuracy {how!r}; choose from ['mean', 'majority', 'worst']")
 
 
-def flags_of(rows: pd.DataFrame) -> str:
+def flags_of(rows: Frame) -> str:
     """What was flagged, and on how many images: "64 of 64 images: ...", or "" for nothing."""
     flagged = rows[rows["flags"].fillna("") != ""].drop_duplicates(["index", "flags"])
     n = rows["index"].nunique()
@@ -126,14 +127,11 @@ def flags_of(rows: pd.DataFrame) -> str:
 
 
 def table_rows(
-    rows: pd.DataFrame,
-    attack: Attack,
-    names: dict[str, tuple[str, str]],
-    whole: Iterable[str] = ("undefended",),
+    rows: Frame, attack: Attack, names: dict[str, tuple[str, str]], whole: Iterable[str] = ("undefended",)
 ) -> list[dict[str, Any]]:
     """A row of a table for each defence in names: {defence: (the method's name in the table, the attack's)}.
 
-    whole: defences that are the bare classifier, which a blind attack sees as a whole. Raises ValueError for a
+    whole: defences that are the bare classifier, all of which a blind attack sees. Raises ValueError for a
     defence without rows.
     """
     out = []
@@ -160,8 +158,8 @@ def measured(
 ) -> list[dict[str, Any]]:
     """`table_rows` of these defences in each run, {the attack's name in the table: (attack, rows)}.
 
-    A defence is called as `names` says, else by its own name and `suffix`. paper_attacks: {the attack's name: the
-    paper's}, which the rows of LGAP take.
+    A defence is called as `names` says, else by its own name and `suffix`. paper_attacks: {the attack's name:
+    the paper's}, which the rows of LGAP take.
     """
     out = []
     for label, (attack, rows) in runs.items():
@@ -184,7 +182,7 @@ def mcnemar(first: Any, second: Any) -> tuple[int, int, float]:
     return b, c, float(binomtest(b, b + c).pvalue) if b + c else 1.0
 
 
-def paired(rows: pd.DataFrame, first: str, second: str, column: str = "adversarial") -> dict[str, Any]:
+def paired(rows: Frame, first: str, second: str, column: str = "adversarial") -> dict[str, Any]:
     """`mcnemar` of two defences on the same images and the same noise (draw 0), as a row of a table."""
     right = []
     for defence in (first, second):
@@ -200,7 +198,7 @@ def paired(rows: pd.DataFrame, first: str, second: str, column: str = "adversari
     return {"first": first, "second": second, **counts, "exact McNemar p": f"{p:.2g}"}
 
 
-def caption_readers(rows: pd.DataFrame, classes: tuple[str, ...], defence: str = "LGAP") -> pd.DataFrame:
+def caption_readers(rows: Frame, classes: tuple[str, ...], defence: str = "LGAP") -> Frame:
     """Rows (draw 0) of "caption alone", a rival whose label is the class that the defence's caption names.
 
     A caption that names no class, or several, counts as label -1: wrong.
@@ -218,7 +216,7 @@ def caption_readers(rows: pd.DataFrame, classes: tuple[str, ...], defence: str =
 
 def ladder(
     runs: Runs, classes: tuple[str, ...] | None = None, defence: str = "LGAP", profile: Profile | None = None
-) -> pd.DataFrame:
+) -> Frame:
     """Accuracies of one defence, a row for each run. Raises ValueError for no run, or one without its rows.
 
     classes: for a column with the accuracy of the caption alone; profile: for one with its data set.
@@ -248,16 +246,14 @@ TEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciici
 TEX |= {"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}"} | {c: f"\\{c}" for c in "&%$#_{}"}
 
 
-def save_table(
-    table: pd.DataFrame, folder: str | Path, name: str, tex: pd.DataFrame | None = None
-) -> pd.DataFrame:
+def save_table(table: Frame, folder: str | Path, name: str, tex: pd.DataFrame | None = None) -> Frame:
     """`name`.csv, .md and .tex below `folder`, each written whole; returns the table, to be shown.
 
-    tex: what the LaTeX has in its place, as a page is narrower than a screen. It needs booktabs alone and fits the
-    text of an article. Markdown and LaTeX show text as it is and obey nothing in it.
+    tex: what the LaTeX has in its place, as a page is narrower than a screen. It needs booktabs alone and
+    fits the text of an article. Markdown and LaTeX show text as it is and obey nothing in it.
     """
-    tex = table if tex is None else tex
-    texts = {"csv": table.to_csv(), "md": _markdown(table.reset_index()), "tex": _latex(tex.reset_index())}
+    narrow = table if tex is None else tex
+    texts = {"csv": table.to_csv(), "md": _markdown(table.reset_index()), "tex": _latex(narrow.reset_index())}
     Path(folder).mkdir(parents=True, exist_ok=True)
     for ending, text in texts.items():
         write_whole(Path(folder) / f"{name}.{ending}", text.encode("utf-8", "backslashreplace"))
@@ -265,11 +261,11 @@ def save_table(
 
 
 def plain_text(text: Any) -> str:
-    """Text in one line: what cannot be printed (line ends, control characters, lone surrogates) is a space."""
+    """Text in one line: what cannot be printed (line ends, control characters, surrogates) is a space."""
     return " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
 
 
-def _markdown(table: pd.DataFrame) -> str:
+def _markdown(table: Frame) -> str:
     def escape(cell):
         return re.sub(r"[\\`|<$]|\](?=\()", r"\\\g<0>", plain_text(cell)) if isinstance(cell, str) else cell
 
@@ -279,7 +275,7 @@ def _markdown(table: pd.DataFrame) -> str:
     return shown.to_markdown(index=False, disable_numparse=text) + "\n"
 
 
-def _latex(table: pd.DataFrame) -> str:
+def _latex(table: Frame) -> str:
     """A tabular in footnotesize: each column as wide as it needs, long ones with equal parts of the rest."""
     lines = [[_tex_plain(cell) for cell in line] for line in (table.columns, *table.to_numpy(dtype=object))]
     needs = []
@@ -309,7 +305,7 @@ def _points(text: str) -> float:
 
 
 def _tex_cell(text: str, width: int) -> str:
-    """A cell of a column of `width` points, escaped: intervals small; a word too long for it may be broken."""
+    """A cell for a column of `width` points, escaped: intervals small; a longer word may be broken."""
     words = []
     for word in text.split(" "):
         interval, fits = re.fullmatch(r"\([\d.]+–[\d.]+\),?", word), _points(word) <= width

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
+from .rows import Frame
 from .tables import Runs, flags_of, of_images
 
 if TYPE_CHECKING:
@@ -23,10 +24,10 @@ class Run:
 
     name: str
     attack: Attack
-    rows: pd.DataFrame
+    rows: Frame
 
     @property
-    def right(self):
+    def right(self) -> Frame:
         """Whether the label is right in each draw, grouped by image."""
         return (self.rows["adversarial"] == self.rows["label"]).groupby(self.rows["index"])
 
@@ -42,9 +43,9 @@ def audit(
 ) -> pd.DataFrame:
     """A table of checks, each with a verdict ("pass", "warn", "too few images" or "not run") and a detail.
 
-    runs: {name: (attack, rows)} as for `tables.ladder`. stronger: names (weaker, stronger) of runs. eps_sweep: names
-    by rising eps. eps_zero: a run at eps 0. doubled: a run and the same with twice the steps. A comparison of fewer
-    than FEW_IMAGES images is "too few images". Raises ValueError for a run without rows of the defence.
+    runs: {name: (attack, rows)}. stronger: names (weaker, stronger) of runs. eps_sweep: names by rising eps.
+    eps_zero: a run at eps 0. doubled: a run and the same with twice the steps. A comparison of fewer than
+    FEW_IMAGES images is "too few images". Raises ValueError for no run, or one without rows of the defence.
     """
     if not runs:
         raise ValueError("an audit of no runs; expected at least one")
@@ -78,11 +79,13 @@ def _verdict(holds: bool, n_images: int = FEW_IMAGES) -> str:
 
 
 def _inside(*runs: Run) -> tuple[str, str]:
-    outside = {
-        run.name: int((~run.rows["inside"].astype(bool) | run.rows["linf"].isna()).sum()) for run in runs
-    }
-    if any(outside.values()):
-        return "warn", "; ".join(f"{name}: {n} rows outside" for name, n in outside.items() if n)
+    outside = []
+    for run in runs:
+        inside = run.rows["inside"].astype(bool) & run.rows["linf"].notna()
+        if not inside.all():
+            outside.append(f"{run.name}: {len(inside) - inside.sum()} rows outside")
+    if outside:
+        return "warn", "; ".join(outside)
     return "pass", f"largest distance {255 * max(run.rows['linf'].max() for run in runs):.2f}/255"
 
 
@@ -109,7 +112,7 @@ def _falls_with_eps(*runs: Run) -> tuple[str, str]:
 
 
 def _no_weaker(weaker: Run, stronger: Run) -> tuple[str, str]:
-    """An image that falls to the weaker must fall, in some draw, to the stronger; and in the mean no more may stand."""
+    """What falls to the weaker must fall, in some draw, to the stronger; in the mean no more may stand."""
     every = pd.concat([weaker.right.all(), stronger.right.all()], axis=1).dropna().astype(bool)
     means = pd.concat([weaker.right.mean(), stronger.right.mean()], axis=1).dropna()
     every.columns = means.columns = ["weak", "strong"]
