@@ -134,8 +134,12 @@ class Rows:
 
 def _digest(frame: Frame) -> bytes:
     """Of names and values: Parquet's own checksums cover pages of values, but no names of columns."""
-    values = hash_pandas_object(frame, index=False).to_numpy().tobytes()
-    return hashlib.blake2b(str(list(frame)).encode() + values, digest_size=16).hexdigest().encode()
+    hashes = hash_pandas_object(frame, index=False)  # pyright: ignore[reportCallIssue] # pandas loads it lazily
+    return (
+        hashlib.blake2b(str(list(frame)).encode() + hashes.to_numpy().tobytes(), digest_size=16)
+        .hexdigest()
+        .encode()
+    )
 
 
 def differences(there: Any, here: Any, at: str = "") -> list[str]:

@@ -13,11 +13,7 @@ from lgap_utils.noise import generator, seed_of
 from lgap_utils.protocols import Attack
 
 SHAPE, N_DRAWS, SEED = (3, 4, 4), 3, 5
-
-
 WEIGHTS = torch.randn(10, *SHAPE, generator=generator("weights"))
-
-
 ATTACK = Attack("BPDA-3, 2 draws", view="bpda", eps_255=16, step_size_255=6, n_steps=3, n_eot=2)
 
 
@@ -54,20 +50,16 @@ def some_images(n=8):
 
 def evaluation(folder, images=None, purifier=None, batch_size=8, config=None, **settings):
     target = LGAP(words, purifier or Noisy(), net)
-    return Evaluation(
-        {"LGAP": target, "undefended": with_purifier(target, baselines.undefended())},
-        some_images() if images is None else images,
-        folder,
-        config=config or {"weights": "1"},
-        **{"n_draws": N_DRAWS, "seed": SEED, "batch_size": batch_size} | settings,
-    )
+    defenses = {"LGAP": target, "undefended": with_purifier(target, baselines.undefended())}
+    images = some_images() if images is None else images
+    settings = {"n_draws": N_DRAWS, "seed": SEED, "batch_size": batch_size} | settings
+    return Evaluation(defenses, images, folder, config=config or {"weights": "1"}, **settings)
 
 
 def same(table, expected):
     """Every column but the time that it took, bit for bit."""
-    pd.testing.assert_frame_equal(
-        table.drop(columns="seconds"), expected.drop(columns="seconds"), check_exact=True
-    )
+    table, expected = (rows.drop(columns="seconds") for rows in (table, expected))
+    pd.testing.assert_frame_equal(table, expected, check_exact=True)
     return True
 
 

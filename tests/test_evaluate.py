@@ -1,9 +1,10 @@
-"""Attacks and purified images: what a row says, and that no batch size, order, process or resuming changes one."""
+"""What a row of an attack or of a purified image says; no batch size, order or resuming changes one."""
 
 import dataclasses
 import re
 import shutil
 import threading
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -54,18 +55,15 @@ class Mine(Attack):
 
 def test_an_attack_of_ones_own_is_neither_called_nor_resumed_as_pgd(tmp_path):
     run = evaluation(tmp_path)
-    table, attack = run.run(Mine("mine")), Mine("mine")
-    assert (
-        attack.describe() == "Mine; eps 8/255"
-        and set(table["inside"]) == {True}
-        and set(table["broke_at"]) == {-1}
-    )
+    table = run.run(Mine("mine"))
+    assert Mine("mine").describe() == "Mine; eps 8/255"
+    assert set(table["inside"]) == {True} and set(table["broke_at"]) == {-1}
     assert run.run(Attack("mine"))["n_steps"].eq(40).all() and shards(tmp_path, "mine")
     with pytest.raises(TypeError, match="attack: got <function .*expected a protocols.Attack"):
         run.run(lambda x, y: x)
 
 
-# ---------------------------------------------------------------- parts that work in place, and attacks that give no images
+# ---------------------------------------------------------------- attacks that work in place or give no images
 
 
 class InPlace(Attack):
@@ -103,16 +101,10 @@ def test_an_attack_that_gives_no_images_is_named(tmp_path, answer, says):
 @pytest.mark.filterwarnings("ignore:classifier. its outputs look like softmax")
 def test_rows_of_a_classifier_that_answers_with_probabilities_are_flagged(tmp_path):
     soft = named(lambda x: net(x).softmax(1), "softmax")
-    run = Evaluation(
-        {
-            "soft": LGAP(words, baselines.undefended(), soft),
-            "plain": LGAP(words, baselines.undefended(), net),
-        },
-        some_images(),
-        tmp_path,
-        config={},
-    )
-    flags = run.run(ATTACK).groupby("defence")["flags"].unique()
+    classifiers = {"soft": soft, "plain": net}
+    defenses = {name: LGAP(words, baselines.undefended(), net) for name, net in classifiers.items()}
+    table = Evaluation(defenses, some_images(), tmp_path, config={}).run(ATTACK)
+    flags = table.groupby("defence")["flags"].unique()
     assert list(flags["soft"]) == [evaluate.SOFTMAX] and list(flags["plain"]) == [""]
 
 
@@ -137,40 +129,25 @@ def test_attacks_are_told_apart_whatever_their_names_are_written_in(names, apart
 def test_there_is_a_row_for_each_image_defence_and_draw_and_it_says_what_happened(unbroken):
     images, table, defense = some_images(), unbroken[1], LGAP(words, Noisy(), net)
     x, y, indices = images.x, images.labels, images.indices.tolist()
+    judged = [["LGAP", 0], ["LGAP", 1], ["LGAP", 2], ["undefended", 0]]
     assert table[["index", "defence", "draw"]].values.tolist() == [
-        row for i in indices for row in ([i, "LGAP", 0], [i, "LGAP", 1], [i, "LGAP", 2], [i, "undefended", 0])
+        [i, *row] for i in indices for row in judged
     ]
     adv = ATTACK(defense, x, y, Keys(indices, SEED, "attack"))
     for i, index in enumerate(indices):
         mine = table[table["index"] == index]
-        for column, image in (("clean", x[i : i + 1]), ("adversarial", adv[i : i + 1])):
-            answers = (
-                defense(image, keys=Keys([index], SEED).at([0], N_DRAWS)).argmax(1).tolist()
-                + net(image).argmax(1).tolist()
-            )
-            assert mine[column].tolist() == answers
-            assert mine["caption" if column == "adversarial" else "caption_clean"].tolist() == words(
-                image
-            ) * 3 + [""]
-        assert (
-            set(mine["label"]) == {int(y[i])}
-            and set(mine["inside"]) == {True}
-            and (mine["seconds"] > 0).all()
-        )
+        for column, caption, images in (("clean", "caption_clean", x), ("adversarial", "caption", adv)):
+            image = images[i : i + 1]
+            draws = defense(image, keys=Keys([index], SEED).at([0], N_DRAWS)).argmax(1).tolist()
+            assert mine[column].tolist() == draws + net(image).argmax(1).tolist()
+            assert mine[caption].tolist() == words(image) * 3 + [""]
+        assert set(mine["label"]) == {int(y[i])} and set(mine["inside"]) == {True}
+        assert (mine["seconds"] > 0).all()
         assert np.allclose(mine["linf"], (adv[i] - x[i]).abs().max(), atol=1e-7)
     assert (table["adversarial"] != table["clean"]).any() and table["clean"].nunique() > 2
-    constant = {
-        "attack": ATTACK.name,
-        "eps_255": 16,
-        "n_steps": 3,
-        "n_eot": 2,
-        "success": "last iterate",
-        "flags": "",
-        "bad_gradients": 0,
-    }
-    assert {name: set(table[name]) for name in constant} == {
-        name: {value} for name, value in constant.items()
-    }
+    constant = {"attack": ATTACK.name, "eps_255": 16, "n_steps": 3, "n_eot": 2, "success": "last iterate"}
+    for name, value in (constant | {"flags": "", "bad_gradients": 0}).items():
+        assert set(table[name]) == {value}
 
 
 def test_the_clean_columns_are_those_of_the_natural_run(unbroken, copied):
@@ -178,9 +155,8 @@ def test_the_clean_columns_are_those_of_the_natural_run(unbroken, copied):
     natural = evaluation(copied, purifier=purifier).run(NATURAL)
     assert not purifier.keys  # it was run already, as part of the attack's run
     assert natural["adversarial"].tolist() == natural["clean"].tolist() == unbroken[1]["clean"].tolist()
-    assert natural["caption"].tolist() == unbroken[1]["caption_clean"].tolist() and set(natural["linf"]) == {
-        0
-    }
+    assert natural["caption"].tolist() == unbroken[1]["caption_clean"].tolist()
+    assert set(natural["linf"]) == {0}
 
 
 class Cheat(Attack):
@@ -190,11 +166,8 @@ class Cheat(Attack):
 
 def test_an_attack_that_leaves_the_ball_is_marked_and_one_that_reports_nothing_is_no_error(tmp_path):
     table = evaluation(tmp_path).run(Cheat(**dataclasses.asdict(ATTACK)))
-    assert (
-        not table["inside"].any()
-        and (table["linf"] > 16 / 255 + 1e-6).all()
-        and set(table["broke_at"]) == {-1}
-    )
+    assert not table["inside"].any() and (table["linf"] > 16 / 255 + 1e-6).all()
+    assert set(table["broke_at"]) == {-1}
 
 
 def test_the_plan_counts_what_will_be_purified(tmp_path):
@@ -228,15 +201,14 @@ def test_running_out_of_memory_changes_no_row(unbroken, tmp_path):
 
 
 def test_a_block_is_attacked_as_a_whole_or_not_at_all(quick, tmp_path):
-    """Images 10, 13, ... 31 at hand: 10; 13; 16, 19; 22, 25 and 28, 31 share blocks of 6 from 6, 12, 18, 24 and 30."""
-    attack, images = Attack("AA", optimiser="autoattack", n_steps=3, block=12), some_images()
+    """Of the images 10, 13, ... 31 these share blocks of 12: 10; 13, 16, 19, 22; 25, 28, 31."""
+    attack = Attack("AA", optimiser="autoattack", n_steps=3, block=12)
     whole = evaluation(tmp_path / "whole", batch_size=3).run(attack)
     shared = evaluation(tmp_path / "shared", batch_size=1)
     parts = [shared.run(attack, indices) for indices in ([25, 31, 28], [13, 22, 16, 19], [10])]
     assert same(pd.concat(parts).sort_values(["index", "defence", "draw"], ignore_index=True), whole)
     with pytest.raises(ValueError, match="image 16 is in a block of 12 images that are attacked together"):
         evaluation(tmp_path / "cut").run(attack, [13, 22])
-    assert len(images) == 8
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
@@ -253,11 +225,11 @@ def test_batch_size_and_order_change_no_row(unbroken, tmp_path, batch_size, orde
 @pytest.mark.parametrize("apart", [False, True], ids=["one folder", "folders copied together"])
 def test_whoever_runs_which_images_changes_no_row(unbroken, tmp_path, parts, apart):
     for k, part in enumerate(parts):
-        table = evaluation(tmp_path / str(k * apart)).run(ATTACK, part)
+        folder = tmp_path / str(k * apart)
+        table = evaluation(folder).run(ATTACK, part)
         assert same(table, unbroken[1][unbroken[1]["index"].isin(part)].reset_index(drop=True))
-        shutil.copytree(
-            tmp_path / str(k * apart), tmp_path / "0", dirs_exist_ok=True
-        ) if apart and k else None
+        if folder != tmp_path / "0":
+            shutil.copytree(folder, tmp_path / "0", dirs_exist_ok=True)
     purifier = Noisy()
     assert same(evaluation(tmp_path / "0", purifier=purifier).run(ATTACK), unbroken[1]) and not purifier.keys
 
@@ -306,7 +278,8 @@ class Sharp(Noisy):
 )
 def test_rows_of_another_configuration_are_refused_and_the_difference_is_named(copied, changed, says):
     before = {path: path.read_bytes() for path in copied.rglob("*.*")}
-    with pytest.raises(ValueError, match=rf"another configuration \({re.escape(says)}\).*move or delete the folder"):
+    expected = rf"another configuration \({re.escape(says)}\).*move or delete the folder"
+    with pytest.raises(ValueError, match=expected):
         evaluation(copied, **changed).run(ATTACK)
     assert {path: path.read_bytes() for path in copied.rglob("*.*")} == before
 
@@ -315,35 +288,20 @@ def test_rows_of_another_attack_target_or_method_are_refused(copied, monkeypatch
     with pytest.raises(ValueError, match=re.escape("(attack.eps_255: there 16, here 8)")):
         evaluation(copied).run(dataclasses.replace(ATTACK, eps_255=8))
     other = evaluation(copied)
+    other.defenses = dict(reversed(other.defenses.items()))
     with pytest.raises(ValueError, match="target: there 'LGAP', here 'undefended'"):
-        Evaluation(
-            dict(reversed(other.defenses.items())),
-            other.images,
-            copied,
-            config={"weights": "1"},
-            n_draws=3,
-            seed=5,
-        ).run(ATTACK)
+        other.run(ATTACK)
     monkeypatch.setattr(evaluate, "METHOD", 2)
     with pytest.raises(ValueError, match="method: there 3, here 2"):
         evaluation(copied).run(ATTACK)
 
 
 def test_another_classifier_or_another_image_of_the_same_index_is_refused(copied):
-    mine, other = (
-        evaluation(copied),
-        named(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 10)), "linear"),
-    )
+    mine, images = evaluation(copied), some_images()
+    mine.target.classifier = named(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 10)), "linear")
     with pytest.raises(ValueError, match="defences.LGAP.classifier.is.name: there 'sums', here 'linear'"):
-        Evaluation(
-            {name: LGAP(words, d.purifier, other) for name, d in mine.defenses.items()},
-            mine.images,
-            copied,
-            config={"weights": "1"},
-            n_draws=N_DRAWS,
-            seed=SEED,
-        ).run(ATTACK)
-    changed = dataclasses.replace(mine.images, pixels=mine.images.pixels.clone())
+        mine.run(ATTACK)
+    changed = dataclasses.replace(images, pixels=images.pixels.clone())
     changed.pixels[2, 0, 0, 0] ^= 1
     held = sorted(copied.rglob("*.parquet"))
     with pytest.raises(ValueError, match="image 16 is not the one at hand"):
@@ -353,11 +311,8 @@ def test_another_classifier_or_another_image_of_the_same_index_is_refused(copied
 
 def test_a_number_may_be_written_in_two_ways(unbroken, copied):
     purifier = Noisy()
-    assert (
-        evaluation(copied, purifier=purifier)
-        .run(dataclasses.replace(ATTACK, eps_255=16.0))["label"]
-        .equals(unbroken[1]["label"])
-    )
+    table = evaluation(copied, purifier=purifier).run(dataclasses.replace(ATTACK, eps_255=16.0))
+    assert table["label"].equals(unbroken[1]["label"])
     assert not purifier.keys and not list(copied.rglob("*.foreign"))
 
 
@@ -365,60 +320,54 @@ def test_a_number_may_be_written_in_two_ways(unbroken, copied):
 
 
 def test_purified_images_are_kept_and_taken_up_again(tmp_path):
-    images, purifier = some_images(), Noisy()
+    images, purifier, settings = some_images(), Noisy(), {"config": {}, "seed": SEED}
     defense = LGAP(words, purifier, net)
-    purify_rows(defense, images[2:5], tmp_path, config={}, seed=SEED, batch_size=2)
+    purify_rows(defense, images[2:5], tmp_path, batch_size=2, **settings)
     purifier.keys.clear()
-    table = purify_rows(defense, images, tmp_path, config={}, seed=SEED, batch_size=3)
+    table = purify_rows(defense, images, tmp_path, batch_size=3, **settings)
     assert {key[1] for key in purifier.keys} == {10, 13, 25, 28, 31}
-    assert same(purify_rows(defense, images, tmp_path / "whole", config={}, seed=SEED), table)
+    assert same(purify_rows(defense, images, tmp_path / "whole", **settings), table)
     purified = Noisy()(images.x, None, Keys(images.indices, SEED))
     assert torch.equal(purified_pixels(table, SHAPE), (purified.clamp(0, 1) * 255).round().to(torch.uint8))
-    assert (
-        table["prediction"].tolist() == net(purified).argmax(1).tolist()
-        and table["undefended"].tolist() == images.labels.tolist()
-    )
-    with pytest.raises(ValueError, match="image 10 is not the one at hand"):
-        purify_rows(
-            defense, dataclasses.replace(images, pixels=255 - images.pixels), tmp_path, config={}, seed=SEED
-        )
-    with pytest.raises(
-        ValueError,
-        match=f"image 10 was run with the label {images.labels[0]}, and has {9 - images.labels[0]} now",
-    ):
-        purify_rows(
-            defense, dataclasses.replace(images, labels=9 - images.labels), tmp_path, config={}, seed=SEED
-        )
-    with pytest.raises(ValueError, match="seed: there 5, here 6"):
-        purify_rows(defense, images, tmp_path, config={}, seed=6)
-    with pytest.raises(ValueError, match="defence.purifier.is.strength: there 0.1, here 0.3"):
-        purify_rows(LGAP(words, Noisy(0.3), net), images, tmp_path, config={}, seed=SEED)
-    with pytest.raises(ValueError, match=r"x: got shape \[2, 3, 4, 4\] for images of shape \[8, 3, 4, 4\]"):
-        purify_rows(defense, images, tmp_path, config={"attack": {"eps": 1}}, x=images.x[:2])
-    with pytest.raises(
-        ValueError, match="x: rows do not tell how these images were made; say it, as in attack="
-    ):
-        purify_rows(defense, images, tmp_path, config={}, x=images.x)
+    assert table["prediction"].tolist() == net(purified).argmax(1).tolist()
+    assert table["undefended"].tolist() == images.labels.tolist()
+
+
+def test_purified_images_of_other_images_or_settings_are_refused(tmp_path):
+    images, other, label = some_images(), LGAP(words, Noisy(0.3), net), int(some_images().labels[0])
+    refused = [
+        (
+            "image 10 is not the one at hand",
+            {"images": dataclasses.replace(images, pixels=255 - images.pixels)},
+        ),
+        (
+            f"label {label}, and has {9 - label} now",
+            {"images": dataclasses.replace(images, labels=9 - images.labels)},
+        ),
+        ("seed: there 5, here 6", {"seed": 6}),
+        ("defence.purifier.is.strength: there 0.1, here 0.3", {"defense": other}),
+        (r"x: got shape \[2, 3, 4, 4\] for", {"config": {"attack": {"eps": 1}}, "x": images.x[:2]}),
+        ("x: rows do not tell how these images were made; say it, as in attack=", {"x": images.x}),
+    ]
+    settings = {"defense": LGAP(words, Noisy(), net), "images": images, "config": {}, "seed": SEED}
+    purify_rows(folder=tmp_path, **settings)
+    for says, changed in refused:
+        with pytest.raises(ValueError, match=says):
+            purify_rows(folder=tmp_path, **settings | changed)
 
 
 def test_purified_images_of_two_at_once_or_of_overlapping_shards_are_each_there_once(tmp_path):
-    images, purifier = some_images(), Noisy()
-    defense = LGAP(words, purifier, net)
-    whole = purify_rows(defense, images, tmp_path / "whole", config={}, seed=SEED)
+    images, purifier, settings = some_images(), Noisy(), {"config": {}, "seed": SEED}
+    purify = partial(purify_rows, LGAP(words, purifier, net))
+    whole = purify(images, tmp_path / "whole", **settings)
     purifier.keys.clear()
-    threads = [
-        threading.Thread(
-            target=purify_rows,
-            args=(defense, images[part], tmp_path / "rows"),
-            kwargs={"config": {}, "seed": SEED, "batch_size": 2},
-        )
-        for part in (slice(0, 5), slice(3, 8))
-    ]
+    parts = [(images[:5], tmp_path / "rows"), (images[3:], tmp_path / "rows")]
+    threads = [threading.Thread(target=purify, args=p, kwargs=settings | {"batch_size": 2}) for p in parts]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert sorted(key[1] for key in purifier.keys) == images.indices.tolist()  # none was purified twice
-    purify_rows(defense, images[:3], tmp_path / "other", config={}, seed=SEED, batch_size=3)
+    purify(images[:3], tmp_path / "other", batch_size=3, **settings)
     shutil.copytree(tmp_path / "other", tmp_path / "rows", dirs_exist_ok=True)
-    assert same(purify_rows(defense, images, tmp_path / "rows", config={}, seed=SEED), whole)
+    assert same(purify(images, tmp_path / "rows", **settings), whole)

@@ -1,4 +1,4 @@
-"""Kept rows: damaged or foreign shards, a full disk, killed processes and two at once lose nothing and change nothing."""
+"""Kept rows: damaged shards, a full disk, killed processes and two at once lose and change nothing."""
 
 import contextlib
 import dataclasses
@@ -118,7 +118,7 @@ def test_a_shard_that_is_there_twice_counts_once(unbroken, copied, capsys, name)
 
 
 def test_no_flipped_bit_changes_a_row_unseen(copied, capsys):
-    """A bit in each byte of a column's name and description, where Parquet's own checksums do not look, and sixty anywhere."""
+    """A bit in each byte of a column's name, where Parquet's own checksums do not look, and sixty anywhere."""
     shard, *others = shards(copied)
     for other in others:
         other.unlink()
@@ -136,7 +136,7 @@ def test_no_flipped_bit_changes_a_row_unseen(copied, capsys):
     assert len(expected) == 2 * (N_DRAWS + 1) and 40 < set_aside < 84
 
 
-# ---------------------------------------------------------------- a disk that is full, a process that is killed
+# ---------------------------------------------------------------- a full disk, a killed process
 
 
 @pytest.mark.parametrize("failing", ["builtins.open", "os.fsync", "os.replace"])
@@ -155,10 +155,8 @@ def test_a_full_disk_ends_in_a_sentence_and_leaves_earlier_shards_whole(
 
     with monkeypatch.context() as patched:
         patched.setattr(sys.modules[module], name, full)
-        with pytest.raises(
-            OSError,
-            match=r"parquet could not be written \(No space left on device\); what lay there before is untouched",
-        ):
+        says = r"parquet could not be written \(No space left on device\); what lay there before is untouched"
+        with pytest.raises(OSError, match=says):
             evaluation(tmp_path, batch_size=2).run(ATTACK)
     kept = {index for shard in shards(tmp_path) for index in pd.read_parquet(shard)["index"]}
     assert kept and not list(tmp_path.rglob("*.part"))
@@ -180,7 +178,7 @@ def test_a_file_that_cannot_be_written_anew_stays_as_it_was(tmp_path, monkeypatc
 
 
 def run_until(folder, line=None, indices=None):
-    """An evaluation that kills its process at its line-th line of evaluate.py and rows.py; the number of lines if it does not."""
+    """The number of lines of evaluate.py and rows.py that an evaluation runs; at `line` it kills its process."""
     ran, before = [0], sys.gettrace()
 
     def trace(frame, event, _):
@@ -192,9 +190,8 @@ def run_until(folder, line=None, indices=None):
         return trace
 
     if line:
-        evaluate.tqdm.set_lock(
-            threading.RLock()
-        )  # tqdm's own outlives a killed process, and Python complains
+        # tqdm's own lock outlives a killed process, and Python complains
+        evaluate.tqdm.set_lock(threading.RLock())
     with contextlib.redirect_stdout(io.StringIO()):
         sys.settrace(trace)
         try:
@@ -206,9 +203,8 @@ def run_until(folder, line=None, indices=None):
 
 def results_of(table, folder):
     """results.json of a run, but for times."""
-    rows = tables.table_rows(
-        table.assign(seconds=0.0), ATTACK, {name: (name, "") for name in table["defence"].unique()}
-    )
+    names = {name: (name, "") for name in table["defence"].unique()}
+    rows = tables.table_rows(table.assign(seconds=0.0), ATTACK, names)
     toy = SimpleNamespace(dataset="toy", same_models=False), SimpleNamespace(official=False, source="")
     results.write_results(folder, 3, rows, *toy, {})
     return (folder / "results.json").read_bytes()
@@ -218,9 +214,8 @@ def test_killed_at_twenty_random_moments_and_resumed_it_ends_with_the_same_resul
     """Moments are counted in lines that ran, not in seconds, so that they are the same on any machine."""
     context, pick, killed, finished = multiprocessing.get_context("forkserver"), random.Random(1), 0, 0
     half = run_until(tmp_path / "unbroken") // 2
-    context.set_forkserver_preload(
-        ["lgap_utils.evaluate", "pyarrow.parquet", "pytest"]
-    )  # else each process imports torch anew
+    # else each process imports torch anew
+    context.set_forkserver_preload(["lgap_utils.evaluate", "pyarrow.parquet", "pytest"])
     while killed < 20:
         process = context.Process(target=run_until, args=(tmp_path / str(finished), pick.randint(1, half)))
         process.start()
@@ -231,9 +226,8 @@ def test_killed_at_twenty_random_moments_and_resumed_it_ends_with_the_same_resul
     for run in range(finished + 1):
         purifier = Noisy()
         table = evaluation(tmp_path / str(run), purifier=purifier).run(ATTACK)
-        assert same(table, unbroken[1]) and results_of(table, tmp_path / str(run)) == results_of(
-            unbroken[1], tmp_path
-        )
+        assert same(table, unbroken[1])
+        assert results_of(table, tmp_path / str(run)) == results_of(unbroken[1], tmp_path)
         assert run == finished or not purifier.keys
     assert finished or 0 < len(attacked(purifier)) < 8  # the last was killed on its way, and not at its start
 
@@ -241,23 +235,16 @@ def test_killed_at_twenty_random_moments_and_resumed_it_ends_with_the_same_resul
 # ---------------------------------------------------------------- two at once in one folder
 
 
-def one_of_two(folder, line, indices):
-    """As `run_until`, about some of the images."""
-    run_until(folder, line, indices)
-
-
 def test_two_evaluations_in_one_folder_killed_forty_times_end_with_the_same_results(unbroken, tmp_path):
-    """Two processes write into one folder at a time, of the same images or of overlapping ones; each is killed at a random line."""
+    """Two write into one folder, of the same images or of overlapping ones; each is killed at a random line."""
     context, pick, killed = multiprocessing.get_context("forkserver"), random.Random(1), 0
     half = run_until(tmp_path / "unbroken") // 2
     context.set_forkserver_preload(["lgap_utils.evaluate", "pyarrow.parquet", "pytest"])
     folder, some, rest = tmp_path / "0", [10, 13, 16, 19, 22], [16, 19, 22, 25, 28, 31]
     while killed < 40:
         pairs = pick.choice([(None, None), (some, rest), (some, None)])
-        two = [
-            context.Process(target=one_of_two, args=(folder, pick.randint(1, half), indices))
-            for indices in pairs
-        ]
+        calls = [(folder, pick.randint(1, half), indices) for indices in pairs]
+        two = [context.Process(target=run_until, args=call) for call in calls]
         for process in two:
             process.start()
         for process in two:
@@ -265,10 +252,8 @@ def test_two_evaluations_in_one_folder_killed_forty_times_end_with_the_same_resu
             assert process.exitcode in (-signal.SIGKILL, 0)
             killed += process.exitcode != 0
         if not any(process.exitcode for process in two):
-            assert same(
-                evaluation(folder).run(ATTACK, some),
-                unbroken[1][unbroken[1]["index"].isin(some)].reset_index(drop=True),
-            )
+            expected = unbroken[1][unbroken[1]["index"].isin(some)].reset_index(drop=True)
+            assert same(evaluation(folder).run(ATTACK, some), expected)
             folder = tmp_path / str(killed + 1)
     assert same(evaluation(folder).run(ATTACK), unbroken[1])
     assert not [*tmp_path.rglob("*.broken"), *tmp_path.rglob("*.foreign")]
@@ -279,10 +264,9 @@ def test_a_folder_that_another_writes_into_is_waited_for_and_nothing_is_done_twi
 ):
     first = Noisy()
     with folder_lock(tmp_path / "bpda-3-2-draws"):
-        second, found = Noisy(), []
-        thread = threading.Thread(
-            target=lambda: found.append(evaluation(tmp_path, purifier=second).run(ATTACK))
-        )
+        second, tables = Noisy(), []
+        run = lambda: tables.append(evaluation(tmp_path, purifier=second).run(ATTACK))
+        thread = threading.Thread(target=run)
         thread.start()
         said = ""
         while "another process writes into" not in said:
@@ -291,7 +275,7 @@ def test_a_folder_that_another_writes_into_is_waited_for_and_nothing_is_done_twi
             said += capsys.readouterr().out
         assert same(evaluation(tmp_path, purifier=first).run(ATTACK), unbroken[1])  # the holder may go on
     thread.join()
-    assert same(found[0], unbroken[1]) and len(attacked(first)) == 8 and not attacked(second)
+    assert same(tables[0], unbroken[1]) and len(attacked(first)) == 8 and not attacked(second)
 
 
 @pytest.mark.parametrize("size", range(1, 9))
@@ -302,9 +286,8 @@ def test_shards_that_overlap_are_each_used_for_what_is_missing_elsewhere(unbroke
     evaluation(tmp_path / "most", batch_size=3).run(ATTACK, indices[1:])
     shutil.copytree(tmp_path / "most", tmp_path / "some", dirs_exist_ok=True)
     purifier = Noisy()
-    assert same(evaluation(tmp_path / "some", purifier=purifier).run(ATTACK), unbroken[1]) and not attacked(
-        purifier
-    )
+    assert same(evaluation(tmp_path / "some", purifier=purifier).run(ATTACK), unbroken[1])
+    assert not attacked(purifier)
 
 
 def test_rows_that_vanish_while_they_are_read_are_an_error_and_no_smaller_table(
