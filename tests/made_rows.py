@@ -36,7 +36,7 @@ CAPTION = [
 
 
 def rows_of(matrix, labels=None, defence="LGAP", **columns):
-    """Rows of images x draws: matrix[i][d] is the label predicted for image i in draw d; true labels are 0."""
+    """Rows of images x draws: matrix[i][d] is the label predicted for image i in draw d, 0 the true one."""
     plain = {"clean": 0, "inside": True, "linf": 8 / 255, "bad_gradients": 0, "flags": "", "seconds": 1.5}
     rows = []
     for i, line in enumerate(matrix):

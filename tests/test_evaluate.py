@@ -33,19 +33,6 @@ from lgap_utils.noise import Keys
 from lgap_utils.protocols import NATURAL, Attack
 
 
-@pytest.fixture(scope="module")
-def unbroken(tmp_path_factory):
-    """A whole run: its folder, which must not be changed, and its table."""
-    folder = tmp_path_factory.mktemp("unbroken")
-    return folder, evaluation(folder, batch_size=2).run(ATTACK)
-
-
-@pytest.fixture
-def copied(unbroken, tmp_path):
-    """A copy of the whole run to do harm to."""
-    return shutil.copytree(unbroken[0], tmp_path / "copy")
-
-
 class Mine(Attack):
     """An attack of a user's own: it notes nothing."""
 
@@ -63,7 +50,7 @@ def test_an_attack_of_ones_own_is_neither_called_nor_resumed_as_pgd(tmp_path):
         run.run(lambda x, y: x)
 
 
-# ---------------------------------------------------------------- attacks that work in place or give no images
+# ---------------------------------------------------------------- attacks in place, or without images
 
 
 class InPlace(Attack):

@@ -18,9 +18,8 @@ from lgap_utils.protocols import NATURAL
 
 def test_no_cell_beside_the_paper_is_blank():
     for number in (1, 2, 3, 4):
-        table = results.compare_with_paper(
-            number, [ours(tables.proportion([True]), method="another")], *on_paper_data(number)
-        )
+        own = ours(tables.proportion([True]), method="another")
+        table = results.compare_with_paper(number, [own], *on_paper_data(number))
         assert not table.isna().any(axis=None) and (table.astype(str) != "").all(axis=None)
         assert len(table) == len(results.paper_numbers(number)) + 1
         assert table.loc[("another", "PGD"), "paper's number"] == "natural not in the paper, robust not run"
@@ -30,10 +29,9 @@ def test_no_cell_beside_the_paper_is_blank():
 def test_a_number_is_called_inside_where_our_interval_holds_it(k, verdict):
     flags = tables.proportion([True] * k + [False] * (100 - k))
     natural = tables.proportion([True] * 90 + [False] * 10)
-    found = results.compare_with_paper(1, [ours(natural, flags)], *on_paper_data(1)).loc[
-        ("LGAP", "PGD"), "paper's number"
-    ]
-    assert found == ("inside" if verdict == "inside" else "natural inside, robust outside")
+    table = results.compare_with_paper(1, [ours(natural, flags)], *on_paper_data(1))
+    expected = "inside" if verdict == "inside" else "natural inside, robust outside"
+    assert table.loc[("LGAP", "PGD"), "paper's number"] == expected
 
 
 OTHERS = [
@@ -50,15 +48,11 @@ OTHERS = [
 def test_with_other_models_or_data_than_the_papers_no_number_is_held_against_it(
     fields, verdict, table, attack, tmp_path
 ):
-    own, here = (
-        [ours(tables.proportion([True] * 3), tables.proportion([True, False]), attack)],
-        on_paper_data(table, **fields),
-    )
+    own = [ours(tables.proportion([True] * 3), tables.proportion([True, False]), attack)]
+    here = on_paper_data(table, **fields)
     row = results.compare_with_paper(table, own, *here).loc[("LGAP", attack)]
-    assert (
-        row["paper's number"] == verdict
-        and row["data in the paper"] == {2: "CIFAR-100", 4: "ImageNet"}[table]
-    )
+    assert row["paper's number"] == verdict
+    assert row["data in the paper"] == {2: "CIFAR-100", 4: "ImageNet"}[table]
     results.write_results(tmp_path, table, own, *here, {})
     (entry,) = json.loads((tmp_path / "results.json").read_text())[f"table {table}"]["rows"]
     kept = verdict == "other models"
@@ -69,32 +63,27 @@ def test_with_other_models_or_data_than_the_papers_no_number_is_held_against_it(
     assert any(row.get("paper robust") for row in shown) == kept
     assert len(shown) == (len(results.paper_numbers(table)) if kept else 1)
     figure = figures.accuracy_figure(shown, results.heading(here[0], table, here[1]))
-    assert (
-        any("the paper's" in text.get_text() for text in figure.axes[0].get_legend().get_texts()) == kept
-    )  # diamonds
+    legend = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert any("the paper's" in text for text in legend) == kept  # diamonds
 
 
 def test_every_row_and_title_says_which_images_they_are():
     own = [ours(tables.proportion([True] * 3), tables.proportion([True, False]))]
     small = dataclasses.replace(SMALL), SimpleNamespace(official=True, source="")
     table = results.compare_with_paper(2, own, *small)
-    assert table.loc[("LGAP", "PGD"), "data here"] == "CIFAR-10" and set(table["data in the paper"]) == {
-        "CIFAR-100"
-    }
+    assert table.loc[("LGAP", "PGD"), "data here"] == "CIFAR-10"
+    assert set(table["data in the paper"]) == {"CIFAR-100"}
     assert table.loc[("Yoon et al.*", "PGD"), "data here"] == "not run"
     assert results.heading(SMALL, 2, small[1]) == "Table 2, profile small, CIFAR-10 (in the paper: CIFAR-100)"
-    assert (
-        results.heading(SMALL, 1, small[1])
-        == "Table 1, profile small, CIFAR-10, other models than the paper's"
-    )
+    other_models = "Table 1, profile small, CIFAR-10, other models than the paper's"
+    assert results.heading(SMALL, 1, small[1]) == other_models
     assert results.heading(get_profile("paper"), 1, small[1]) == "Table 1, profile paper, CIFAR-10"
     assert results.heading(TOY) == "profile toy, drawn scenes"
-    found = results.compare_with_paper(
-        4, [ours(robust=tables.proportion([True]), attack="AA")], *on_paper_data(4, official=False)
-    )
-    which = "ImageNet, not the paper's images but all 7 images in imagenet/val by path; rows 0 to 6"
     profile, images = on_paper_data(4, official=False)
-    assert found.loc[("LGAP", "AA"), "data here"] == which and which in results.heading(profile, 4, images)
+    own = [ours(robust=tables.proportion([True]), attack="AA")]
+    table = results.compare_with_paper(4, own, profile, images)
+    which = "ImageNet, not the paper's images but all 7 images in imagenet/val by path; rows 0 to 6"
+    assert table.loc[("LGAP", "AA"), "data here"] == which and which in results.heading(profile, 4, images)
     assert set(tables.ladder({"any": (NATURAL, rows_of(MATRIX))}, profile=SMALL)["data"]) == {"CIFAR-10"}
 
 
@@ -131,34 +120,28 @@ def test_a_flag_marks_the_number_wherever_it_is_shown(tmp_path):
     assert flag in ladder["flags"] and ladder["robust, mean of draws, %"].endswith(", flagged")
     (axis,) = figures.accuracy_figure([entry], "t").axes
     assert axis.get_yticklabels()[0].get_text() == "LGAP | PGD, flagged"
-    assert (
-        not verdicts.audit({"blind": (ATTACK, rows_of(MATRIX))}).index.str.contains("flags of its rows").any()
-    )
-
-
-def full(monkeypatch):
-    def refuse(*a):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", refuse)
+    unflagged = verdicts.audit({"blind": (ATTACK, rows_of(MATRIX))})
+    assert not unflagged.index.str.contains("flags of its rows").any()
 
 
 @pytest.mark.parametrize("ending", ["csv", "md", "tex", "png", "pdf", "json"])
 def test_on_a_full_disk_the_old_file_stays(ending, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
     def save(k):
+        own = [ours(tables.proportion([True] * k))]
         if ending in ("png", "pdf"):
-            figures.save_figure(
-                figures.accuracy_figure([ours(tables.proportion([True] * k))], "t"), tmp_path, "t"
-            )
+            figures.save_figure(figures.accuracy_figure(own, "t"), tmp_path, "t")
         elif ending == "json":
-            results.write_results(tmp_path, 1, [ours(tables.proportion([True] * k))], *on_paper_data(1), {})
+            results.write_results(tmp_path, 1, own, *on_paper_data(1), {})
         else:
             tables.save_table(pd.DataFrame({"n": [k]}), tmp_path, "t")
 
     save(3)
     file = tmp_path / ("results.json" if ending == "json" else f"t.{ending}")
     before, names = file.read_bytes(), sorted(p.name for p in tmp_path.iterdir())
-    full(monkeypatch)
+    monkeypatch.setattr(os, "fsync", refuse)
     with pytest.raises(OSError, match="could not be written.*No space left on device.*untouched"):
         save(4)
     assert file.read_bytes() == before and sorted(p.name for p in tmp_path.iterdir()) == names
@@ -200,15 +183,11 @@ def test_results_are_kept_table_by_table_and_named_as_robustbench_names_them(tmp
 def test_a_torn_or_foreign_results_file_is_refused_and_left_alone(content, tmp_path):
     assert results.check_results(tmp_path / "absent") == {}
     (tmp_path / "results.json").write_bytes(content)
-    for what in (
-        lambda: results.check_results(tmp_path),
-        lambda: results.write_results(tmp_path, 1, [ours()], *on_paper_data(1), {}),
-    ):
-        with pytest.raises(
-            ValueError,
-            match="results.json is (torn or not JSON|not a results.json of this software).*move it away",
-        ):
-            what()
+    says = "results.json is (torn or not JSON|not a results.json of this software).*move it away"
+    with pytest.raises(ValueError, match=says):
+        results.check_results(tmp_path)
+    with pytest.raises(ValueError, match=says):
+        results.write_results(tmp_path, 1, [ours()], *on_paper_data(1), {})
     assert (tmp_path / "results.json").read_bytes() == content
 
 
@@ -223,10 +202,36 @@ def test_of_two_that_write_at_once_neither_loses_the_others_table(tmp_path, monk
             second[0].join(0.2)  # without a lock it would be done by now
         whole(path, content)
 
-    second.append(
-        threading.Thread(target=results.write_results, args=(tmp_path, 2, [ours()], *on_paper_data(2), {}))
-    )
+    other = (tmp_path, 2, [ours()], *on_paper_data(2), {})
+    second.append(threading.Thread(target=results.write_results, args=other))
     monkeypatch.setattr(results, "write_whole", write)
     results.write_results(tmp_path, 1, [ours()], *on_paper_data(1), {})
     second[0].join()
     assert set(results.check_results(tmp_path)) == {"table 1", "table 2"}
+
+
+def test_one_call_saves_all_that_is_kept_of_a_table(tmp_path, monkeypatch):
+    monkeypatch.setenv("LGAP_OUTPUTS", str(tmp_path))
+    shares = tables.proportion([True] * 9 + [False]), tables.proportion([True, False])
+    own = [ours(*shares), ours(*shares, attack="none", method="undefended")]
+    profile, images = on_paper_data(1)
+    titles, drawn = [], figures.accuracy_figure
+    monkeypatch.setattr(
+        results, "accuracy_figure", lambda rows, title: titles.append((title, rows)) or drawn(rows, title)
+    )
+    table = results.finish_table(
+        1, "04_table1", own, profile, images, {"seed": 0}, "blind PGD, 8/255", in_figure=("LGAP",)
+    )
+    assert table.equals(results.compare_with_paper(1, own, profile, images))
+    files_below = {path.relative_to(profile.outputs).as_posix() for path in profile.outputs.rglob("*.*")}
+    assert files_below >= {f"tables/04_table1.{ending}" for ending in ("csv", "md", "tex")}
+    assert files_below >= {"figures/04_table1.png", "figures/04_table1.pdf", "results.json"}
+    assert "Yoon" not in (profile.outputs / "tables/04_table1.tex").read_text()
+    kept = results.check_results(profile.outputs)["table 1"]
+    assert kept["provenance"] == {"seed": 0} and [row["name"] for row in kept["rows"]] == [
+        "LGAP",
+        "undefended",
+    ]
+    ((title, rows),) = titles
+    assert title == "Table 1, profile paper, CIFAR-10: blind PGD, 8/255"
+    assert rows == results.with_paper(1, own[:1], profile, images)

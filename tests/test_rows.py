@@ -22,19 +22,6 @@ from lgap_utils.files import folder_lock, write_whole
 from lgap_utils.rows import Rows
 
 
-@pytest.fixture(scope="module")
-def unbroken(tmp_path_factory):
-    """A whole run: its folder, which must not be changed, and its table."""
-    folder = tmp_path_factory.mktemp("unbroken")
-    return folder, evaluation(folder, batch_size=2).run(ATTACK)
-
-
-@pytest.fixture
-def copied(unbroken, tmp_path):
-    """A copy of the whole run to do harm to."""
-    return shutil.copytree(unbroken[0], tmp_path / "copy")
-
-
 def test_a_configuration_that_cannot_be_read_is_nobodys(copied):
     file = copied / "bpda-3-2-draws" / "config.json"
     file.write_bytes(file.read_bytes()[:40])
@@ -118,7 +105,7 @@ def test_a_shard_that_is_there_twice_counts_once(unbroken, copied, capsys, name)
 
 
 def test_no_flipped_bit_changes_a_row_unseen(copied, capsys):
-    """A bit in each byte of a column's name, where Parquet's own checksums do not look, and sixty anywhere."""
+    """A bit in each byte of a column's name, where Parquet's checksums do not look, and sixty anywhere."""
     shard, *others = shards(copied)
     for other in others:
         other.unlink()
@@ -178,7 +165,7 @@ def test_a_file_that_cannot_be_written_anew_stays_as_it_was(tmp_path, monkeypatc
 
 
 def run_until(folder, line=None, indices=None):
-    """The number of lines of evaluate.py and rows.py that an evaluation runs; at `line` it kills its process."""
+    """The lines of evaluate.py and rows.py that an evaluation runs; at number `line` it kills its process."""
     ran, before = [0], sys.gettrace()
 
     def trace(frame, event, _):
@@ -236,7 +223,7 @@ def test_killed_at_twenty_random_moments_and_resumed_it_ends_with_the_same_resul
 
 
 def test_two_evaluations_in_one_folder_killed_forty_times_end_with_the_same_results(unbroken, tmp_path):
-    """Two write into one folder, of the same images or of overlapping ones; each is killed at a random line."""
+    """Two write into one folder, of the same or of overlapping images; each is killed at a random line."""
     context, pick, killed = multiprocessing.get_context("forkserver"), random.Random(1), 0
     half = run_until(tmp_path / "unbroken") // 2
     context.set_forkserver_preload(["lgap_utils.evaluate", "pyarrow.parquet", "pytest"])
@@ -280,7 +267,7 @@ def test_a_folder_that_another_writes_into_is_waited_for_and_nothing_is_done_twi
 
 @pytest.mark.parametrize("size", range(1, 9))
 def test_shards_that_overlap_are_each_used_for_what_is_missing_elsewhere(unbroken, tmp_path, size):
-    """Shards of the first `size` images, copied beside shards of all: each image counts once, and none is lost."""
+    """Shards of the first images beside shards of all but one: each image counts once, none is lost."""
     indices = unbroken[1]["index"].unique().tolist()
     evaluation(tmp_path / "some").run(ATTACK, indices[:size])
     evaluation(tmp_path / "most", batch_size=3).run(ATTACK, indices[1:])

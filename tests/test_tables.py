@@ -1,4 +1,4 @@
-"""Accuracies and tables are functions of rows alone: here of rows made by hand, whose accuracies can be counted."""
+"""Accuracies and tables are functions of rows alone: here of rows whose accuracies can be counted."""
 
 import re
 import shutil
@@ -27,14 +27,11 @@ def test_a_tied_vote_goes_to_the_lower_label():
 
 
 def test_the_interval_of_a_mean_counts_images_and_not_draws():
-    assert (
-        tables.accuracy(rows_of([[0] * 100, [1] * 100]))["95 % interval"]
-        == tables.proportion([True, False])["95 % interval"]
-    )
-    low, high = (
-        tables.proportion(flags)["95 % interval"].split(" to ") for flags in ([True, False], [True, True])
-    )
-    assert tables.accuracy(rows_of([[0, 0], [0, 1]]))["95 % interval"] == f"{low[0]} to {high[1]}"
+    interval = lambda share: share["95 % interval"]
+    half, both = interval(tables.proportion([True, False])), interval(tables.proportion([True, True]))
+    assert interval(tables.accuracy(rows_of([[0] * 100, [1] * 100]))) == half
+    between = f"{half.split(' to ')[0]} to {both.split(' to ')[1]}"
+    assert interval(tables.accuracy(rows_of([[0, 0], [0, 1]]))) == between
 
 
 def test_a_missing_draw_is_no_zero():
@@ -118,17 +115,14 @@ CAPTIONS = ["a red cat", "a photo of a dog", "a cat and a dog", "nothing at all"
 
 def test_a_caption_alone_is_right_where_it_names_one_class_and_that_the_true_one():
     rows = pd.concat([rows_of([[1, 0]] * 4, defence=name) for name in ("LGAP", "other")])
-    rows = rows.assign(
-        caption=[c for c in CAPTIONS for _ in range(2)] * 2,
-        caption_clean=[c for c in CAPTIONS[::-1] for _ in range(2)] * 2,
-    )
+    caption = rows["index"].map(lambda i: CAPTIONS[i])
+    rows = rows.assign(caption=caption, caption_clean=rows["index"].map(lambda i: CAPTIONS[-1 - i]))
     found = tables.caption_readers(rows, ["cat", "dog"])
     assert list(found["adversarial"]) == [0, 1, -1, -1] and list(found["clean"]) == [-1, -1, 1, 0]
     assert set(found["defence"]) == {"caption alone"} and len(found) == 4
     ladder = tables.ladder({"any": (NATURAL, rows)}, ["cat", "dog"])
-    assert ladder.loc["any", "caption alone, %"] == tables.as_text(
-        tables.proportion([True, False, False, False])
-    )
+    expected = tables.as_text(tables.proportion([True, False, False, False]))
+    assert ladder.loc["any", "caption alone, %"] == expected
     assert "caption alone, %" not in tables.ladder({"any": (NATURAL, rows)})
 
 
@@ -167,6 +161,25 @@ def test_what_has_no_rows_is_named_with_what_there_is():
             what({})
 
 
+def test_a_table_of_several_runs_names_methods_and_attacks():
+    rows = pd.concat([rows_of(MATRIX, defence=name) for name in ("LGAP", "blur", "undefended")])
+    runs = {"BPDA-40": (STRONGER, rows), "PGD": (ATTACK, rows)}
+    table = tables.measured(
+        runs, ["LGAP", "undefended"], {"LGAP": "LGAP"}, suffix=", tuned", paper_attacks={"BPDA-40": "BPDA"}
+    )
+    assert [(row["method"], row["attack"], row["whole"]) for row in table] == [
+        ("LGAP", "BPDA", True),
+        ("undefended, tuned", "BPDA-40", True),
+        ("LGAP", "PGD", False),
+        ("undefended, tuned", "PGD", True),
+    ]
+    assert table[2] == tables.table_rows(rows, ATTACK, {"LGAP": ("LGAP", "PGD")})[0]
+    (row,) = tables.measured({"": (ATTACK, rows)}, ["blur"], whole=["blur"])
+    assert (row["method"], row["attack"], row["whole"]) == ("blur", "", True)
+    with pytest.raises(ValueError, match="no rows of the defence 'JPEG'"):
+        tables.measured(runs, ["JPEG"])
+
+
 def of_captions():
     """A table that has them as cells, as its index, as names of columns and of the index."""
     names = [f"{k} {caption}" for k, caption in enumerate(CAPTION)]
@@ -175,11 +188,8 @@ def of_captions():
 
 
 def test_tables_are_written_in_three_forms_that_hold_the_same(tmp_path):
-    table = results.compare_with_paper(
-        3,
-        [ours(tables.proportion([True, False]), attack="a & b_c <script> \\input{x} 100 %")],
-        *on_paper_data(3),
-    )
+    own = ours(tables.proportion([True, False]), attack="a & b_c <script> \\input{x} 100 %")
+    table = results.compare_with_paper(3, [own], *on_paper_data(3))
     assert tables.save_table(table, tmp_path, "t", tex=results.latex_columns(table)) is table
     back = pd.read_csv(tmp_path / "t.csv", dtype=str, keep_default_na=False)
     assert list(back["attack"]) == list(table.index.get_level_values("attack"))
@@ -194,12 +204,9 @@ def test_tables_are_written_in_three_forms_that_hold_the_same(tmp_path):
 def test_nothing_in_a_cell_or_a_name_is_obeyed(tmp_path):
     table = of_captions()
     tables.save_table(table, tmp_path, "t")
-    back = pd.read_csv(
-        tmp_path / "t.csv", dtype=str, keep_default_na=False, lineterminator=None, engine="python"
-    )
-    assert list(back["caption"].str.replace("\r", ""))[:17] == [c.replace("\r", "") for c in CAPTION[:16]] + [
-        CAPTION[16]
-    ]
+    back = pd.read_csv(tmp_path / "t.csv", dtype=str, keep_default_na=False, engine="python")
+    without_returns = [caption.replace("\r", "") for caption in CAPTION[:17]]
+    assert list(back["caption"].str.replace("\r", ""))[:17] == without_returns
     tex, md = ((tmp_path / f"t.{ending}").read_text() for ending in ("tex", "md"))
     assert not re.search(r"\\(?:frac|input|write|end\{tabular\}(?!\\endgroup))", tex)
     assert all(c.isprintable() or c == "\n" for c in tex + md)
@@ -227,18 +234,13 @@ TEX = r"""\documentclass{article}
     "which", ["captions", "plain", "beside", "audit", "ladder", "share", "two indices", "longest"]
 )
 def test_latex_compiles_with_booktabs_alone_and_is_no_wider_than_the_text(which, tmp_path):
-    audit = verdicts.audit(
-        {"a rather long name, 16/255": (ATTACK, rows_of(MATRIX)), "another one": (STRONGER, rows_of(MATRIX))},
-        stronger=[("a rather long name, 16/255", "another one")],
-    )
+    runs = {"a rather long name, 16/255": (ATTACK, rows_of(MATRIX)), "another": (STRONGER, rows_of(MATRIX))}
+    audit = verdicts.audit(runs, stronger=[tuple(runs)])
     ladder = tables.ladder({"full gradient PGD-20+EOT": (ATTACK, rows_of([[0]] * 99))}, profile=SMALL)
     all_of = tables.proportion([True] * 99)
-    beside = results.compare_with_paper(
-        3, [ours(all_of, all_of, method="Gaussian blur, classifier as it came")], *on_paper_data(3)
-    )
-    shares = pd.DataFrame(
-        {("fine-tuned", "none"): tables.proportion([True]), ("fine-tuned", "LGAP"): tables.proportion([True])}
-    ).T
+    own = ours(all_of, all_of, method="Gaussian blur, classifier as it came")
+    beside = results.compare_with_paper(3, [own], *on_paper_data(3))
+    shares = pd.DataFrame({("fine-tuned", name): all_of for name in ("none", "LGAP")}).T
     table = {
         "captions": of_captions(),
         "plain": pd.DataFrame({"a": [1, 2.5]}),
@@ -252,9 +254,8 @@ def test_latex_compiles_with_booktabs_alone_and_is_no_wider_than_the_text(which,
     tables.save_table(table, tmp_path, "t")
     (tmp_path / "page.tex").write_text(TEX.replace("TABLE", "t"))
     command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "-no-shell-escape", "page.tex"]
-    done = subprocess.run(
-        command, cwd=tmp_path, capture_output=True, text=True, errors="replace", timeout=120
-    )
+    how = {"capture_output": True, "text": True, "errors": "replace", "timeout": 120}
+    done = subprocess.run(command, cwd=tmp_path, **how)
     assert done.returncode == 0, done.stdout[-1500:]
     over = [float(points) for points in re.findall(r"Overfull \\hbox \(([\d.]+)pt", done.stdout)]
     assert max(over, default=0) < 1, done.stdout
