@@ -54,11 +54,10 @@ def open_rows(folder: Path, config: dict, defenses: dict, attack: Attack | None 
     if unnamed:
         config = {**config, "run": uuid.uuid4().hex}
         folder = folder.parent / "unnamed" / f"{folder.name}-{digest(config)}"
-        advice = "To resume them, name it: lgap_utils.identity.named(part, 'a name', sigma=0.9)"
         print(
-            f"{unnamed[0]} has no settings() of its own: its rows in {folder} serve one run. {advice}",
-            flush=True,
+            f"{unnamed[0]} has no settings() of its own: its rows in {folder} serve one run. To resume them,"
         )
+        print("name it: lgap_utils.identity.named(part, 'a name', sigma=0.9)", flush=True)
     return Rows(folder, config, ("index",) if attack is None else ("index", "defence", "draw"))
 
 
@@ -271,9 +270,7 @@ def purify_rows(
     seconds (per image). Raises ValueError for kept rows of other images, another defence, seed or `config`.
     """
     if x is not None and not config.get("attack"):
-        raise ValueError(
-            "x: rows do not tell how these images were made; say it, as in attack=attack.settings()"
-        )
+        raise ValueError("x: rows do not tell how these were made; say it, as in attack=attack.settings()")
     x = images.x if x is None else x
     check_images(x)
     if x.shape != images.pixels.shape:

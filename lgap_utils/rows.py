@@ -25,7 +25,7 @@ ADVICE = "move or delete the folder, or set LGAP_OUTPUTS to another one"
 
 
 class Rows:
-    """A folder of parquet shards, each written whole or not at all, that belongs to one configuration.
+    """A folder of parquet shards of one configuration, each written whole or not at all.
 
     key: the columns that identify a row, "index" first. Raises ValueError, naming the difference, for a
     folder of another configuration.
@@ -42,9 +42,7 @@ class Rows:
         try:
             kept = json.loads(file.read_text())
         except ValueError:
-            raise ValueError(
-                f"{file} is not JSON, so its rows belong to nobody; move the folder away"
-            ) from None
+            raise ValueError(f"{file} is not JSON, so its rows are nobody's; move the folder away") from None
         if changed := "; ".join(differences(kept, config)):
             raise ValueError(f"{self.folder} holds rows of another configuration ({changed}); {ADVICE}")
         # of the kept one: an equal number may be written in two ways, 8 and 8.0

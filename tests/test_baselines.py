@@ -42,11 +42,11 @@ def test_a_cheap_purifier_gives_an_image_for_an_image_and_says_whether_it_draws(
 
 
 def test_two_cheap_purifiers_never_share_a_configuration(purifier):
-    told = [make(purifier).settings() for make in BASELINES.values()] + [
+    settings = [make(purifier).settings() for make in BASELINES.values()] + [
         purifier.settings(),
         baselines.blur(1).settings(),
     ]
-    assert all(told.count(one) == 1 for one in told)
+    assert all(settings.count(one) == 1 for one in settings)
 
 
 def test_jpeg_is_that_of_pil(images):
@@ -96,11 +96,11 @@ def test_without_a_caption_it_is_the_same_diffusion_with_an_empty_one_and_no_gui
 
 def test_beside_stand_all_of_them_with_the_defence_first(defense, images):
     defenses = baselines.with_baselines(defense, 32)
-    told = [identity(other.purifier)["is"] for other in defenses.values()]
+    settings = [identity(other.purifier)["is"] for other in defenses.values()]
     assert (
         next(iter(defenses.values())) is defense
-        and all(told.count(one) == 1 for one in told)
-        and len(told) == len(BASELINES) + 1
+        and all(settings.count(one) == 1 for one in settings)
+        and len(settings) == len(BASELINES) + 1
     )
     assert all(other.classifier is defense.classifier for other in defenses.values())
 

@@ -334,7 +334,7 @@ def test_purified_images_of_other_images_or_settings_are_refused(tmp_path):
         ("seed: there 5, here 6", {"seed": 6}),
         ("defence.purifier.is.strength: there 0.1, here 0.3", {"defense": other}),
         (r"x: got shape \[2, 3, 4, 4\] for", {"config": {"attack": {"eps": 1}}, "x": images.x[:2]}),
-        ("x: rows do not tell how these images were made; say it, as in attack=", {"x": images.x}),
+        ("x: rows do not tell how these were made; say it, as in attack=", {"x": images.x}),
     ]
     settings = {"defense": LGAP(words, Noisy(), net), "images": images, "config": {}, "seed": SEED}
     purify_rows(folder=tmp_path, **settings)

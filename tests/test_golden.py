@@ -87,10 +87,10 @@ if __name__ == "__main__":
     both = models.load_defense("toy", device="cpu"), data.load_images("toy", "test", 2)
     with torch.no_grad():
         purifiers = cheap(*both)
-    told = {
+    golden = {
         "METHOD": METHOD,
         "rows": {attack.name: measured(*both, attack) for attack in ATTACKS},
         "purifiers": purifiers,
     }
-    rounded = json.loads(json.dumps(told), parse_float=lambda text: round(float(text), 6))
+    rounded = json.loads(json.dumps(golden), parse_float=lambda text: round(float(text), 6))
     FILE.write_text(json.dumps(rounded, indent=1) + "\n")

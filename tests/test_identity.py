@@ -53,12 +53,12 @@ class Fixed:
         return constant(self.label)(x)
 
 
-class Told(Fixed):
+class WithSettings(Fixed):
     def settings(self):
         return {"label": self.label}
 
 
-class Heir(Told):
+class Heir(WithSettings):
     def __call__(self, x):
         return constant(9)(x)
 
@@ -77,15 +77,15 @@ OTHERS = {
     "a class edited and run again": lambda label: defined(
         f"class Mine:\n    def __call__(self, x):\n        return constant({label})(x)\npart = Mine()"
     ),
-    "an heir of what has settings": lambda label: Told(2) if label == 2 else Heir(2),
+    "an heir of what has settings": lambda label: WithSettings(2) if label == 2 else Heir(2),
 }
 
 
 @pytest.mark.parametrize("make", OTHERS.values(), ids=OTHERS)
 def test_parts_that_differ_and_do_not_say_so_never_share_rows(tmp_path, make, capsys):
     assert rows_of(tmp_path, make(2)) == [2] * 4 and rows_of(tmp_path, make(9)) == [9] * 4
-    said = capsys.readouterr().out
-    assert "has no settings() of its own" in said and "identity.named(part, 'a name'" in said
+    printed = capsys.readouterr().out
+    assert "has no settings() of its own" in printed and "identity.named(part, 'a name'" in printed
 
 
 @pytest.mark.parametrize("part", ["purifier", "captioner"])
@@ -107,12 +107,12 @@ def test_so_it_is_with_purifiers_and_captioners(tmp_path, part):
 
 
 def test_a_changed_attribute_of_the_same_object_is_seen(tmp_path):
-    for part in (Fixed(2), Told(2)):
+    for part in (Fixed(2), WithSettings(2)):
         defense = LGAP(no_words, baselines.undefended(), part, IMAGES.classes)
         run = Evaluation({"LGAP": defense}, IMAGES, tmp_path / type(part).__name__, config={})
         assert run.run(NATURAL)["adversarial"].tolist() == [2] * 4
         part.label = 9
-        if isinstance(part, Told):
+        if isinstance(part, WithSettings):
             with pytest.raises(ValueError, match="defences.LGAP.classifier.is.label: there 2, here 9"):
                 run.run(NATURAL)
         else:
@@ -120,17 +120,17 @@ def test_a_changed_attribute_of_the_same_object_is_seen(tmp_path):
 
 
 def test_a_named_part_is_resumed_by_another_process_and_an_unnamed_one_is_not(tmp_path):
-    asked = []
+    calls_of_slow = []
 
     def slow(x):
-        asked.append(len(x))
+        calls_of_slow.append(len(x))
         return constant(5)(x)
 
     for calls in (1, 2):
-        assert rows_of(tmp_path, lambda x: slow(x)) == [5] * 4 and len(asked) == calls
+        assert rows_of(tmp_path, lambda x: slow(x)) == [5] * 4 and len(calls_of_slow) == calls
     for _ in range(2):
         part = named(lambda x: slow(x), "slow", level=5)
-        assert rows_of(tmp_path, part) == [5] * 4 and len(asked) == 3
+        assert rows_of(tmp_path, part) == [5] * 4 and len(calls_of_slow) == 3
     with pytest.raises(ValueError, match="classifier.is.level: there 5, here 6"):
         rows_of(tmp_path, named(constant(6), "slow", level=6))
 
@@ -170,7 +170,10 @@ def test_only_settings_of_ones_own_count():
         pass
 
     assert own_settings(NATURAL) == NATURAL.settings() and own_settings(Mine("mine")) is None
-    assert own_settings(Told(2)) == {"label": 2} and own_settings(Heir(2)) is own_settings(Fixed(2)) is None
+    assert (
+        own_settings(WithSettings(2)) == {"label": 2}
+        and own_settings(Heir(2)) is own_settings(Fixed(2)) is None
+    )
     assert own_settings(named(Heir(2), "heir", level=1)) == {"name": "heir", "level": 1}
 
 
@@ -242,7 +245,7 @@ def test_settings_that_are_no_plain_data_are_refused(tmp_path, settings, says):
 # ---------------------------------------------------------------- the parts that come with the package
 
 
-def told(defense):
+def described(defense):
     return json.dumps(describe_defense(defense), sort_keys=True)
 
 
@@ -279,7 +282,7 @@ EDITS = {  # {what: (part, file, the key to change, its value)}; no weight is to
 def test_a_file_edited_beside_unchanged_weights_is_another_part(profile, defense, tmp_path, edit):
     part, file, keys, value = edit
     folder = shutil.copytree(getattr(profile, part), tmp_path / part)
-    assert told(loaded(profile, **{part: str(folder)})) == told(defense)  # moved, it is the same
+    assert described(loaded(profile, **{part: str(folder)})) == described(defense)  # moved, it is the same
     content = json.loads((folder / file).read_text())
     inner = content
     for key in keys[:-1]:
@@ -288,11 +291,11 @@ def test_a_file_edited_beside_unchanged_weights_is_another_part(profile, defense
     assert inner.get(keys[-1]) != value
     inner[keys[-1]] = value
     (folder / file).write_text(json.dumps(content))
-    assert told(loaded(profile, **{part: str(folder)})) != told(defense)
+    assert described(loaded(profile, **{part: str(folder)})) != described(defense)
 
 
 def test_every_setting_and_weight_counts(profile, defense):
-    same, found = told(defense), []
+    same, found = described(defense), []
     changes = {
         "strength": 0.1,
         "guidance_scale": 2.0,
@@ -302,28 +305,28 @@ def test_every_setting_and_weight_counts(profile, defense):
     }
     for name, value in changes.items():
         with defense.purifier.using(**{name: value}):
-            found.append(told(defense))
+            found.append(described(defense))
     for name, value in {"num_beams": 2, "prompt": "a photo of", "max_length": 12}.items():
-        found.append(told(loaded(profile, **{name: value})))
+        found.append(described(loaded(profile, **{name: value})))
     tuned = copy.deepcopy(defense)
     tuned.classifier.fc.bias.data[0] += 1e-6
-    found.append(told(tuned))
+    found.append(described(tuned))
     tuned = copy.deepcopy(defense)
     tuned.input_size = 16
-    found.append(told(tuned))
-    assert told(copy.deepcopy(defense)) == same and len({same, *found}) == len(found) + 1
+    found.append(described(tuned))
+    assert described(copy.deepcopy(defense)) == same and len({same, *found}) == len(found) + 1
 
 
 def test_what_is_set_by_hand_on_scheduler_and_unet_counts(defense):
-    same, found = told(defense), []
+    same, found = described(defense), []
     for change in (
         lambda p: p.scheduler.alphas_cumprod.mul_(0.5),
         lambda p: p.unet.enable_freeu(s1=0.9, s2=0.2, b1=1.5, b2=1.6),
     ):
         other = copy.deepcopy(defense)
         change(other.purifier)
-        found.append(told(other))
-    assert len({same, *found}) == 3 and told(defense) == same
+        found.append(described(other))
+    assert len({same, *found}) == 3 and described(defense) == same
 
 
 class Headed(LGAP):
@@ -389,4 +392,4 @@ def test_what_a_part_is_does_not_depend_on_the_process(profile, defense):
     command = [sys.executable, "-c", SCRIPT, json.dumps(fields)]
     env = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONHASHSEED": "7"}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env)
-    assert done.stdout.strip() == told(defense), done.stderr
+    assert done.stdout.strip() == described(defense), done.stderr

@@ -117,9 +117,9 @@ def test_no_flipped_bit_changes_a_row_unseen(copied, capsys):
         data[place] ^= 1 << pick.randrange(8)
         shard.write_bytes(data)
         table = rows.read()
-        said = capsys.readouterr().out
-        assert table.empty and "kept as" in said if said else (table == expected).all(axis=None)
-        set_aside += bool(said)
+        printed = capsys.readouterr().out
+        assert table.empty and "kept as" in printed if printed else (table == expected).all(axis=None)
+        set_aside += bool(printed)
     assert len(expected) == 2 * (N_DRAWS + 1) and 40 < set_aside < 84
 
 
@@ -255,11 +255,11 @@ def test_a_folder_that_another_writes_into_is_waited_for_and_nothing_is_done_twi
         run = lambda: tables.append(evaluation(tmp_path, purifier=second).run(ATTACK))
         thread = threading.Thread(target=run)
         thread.start()
-        said = ""
-        while "another process writes into" not in said:
-            assert thread.is_alive(), said
+        printed = ""
+        while "another process writes into" not in printed:
+            assert thread.is_alive(), printed
             time.sleep(0.01)
-            said += capsys.readouterr().out
+            printed += capsys.readouterr().out
         assert same(evaluation(tmp_path, purifier=first).run(ATTACK), unbroken[1])  # the holder may go on
     thread.join()
     assert same(tables[0], unbroken[1]) and len(attacked(first)) == 8 and not attacked(second)
