@@ -1,7 +1,7 @@
-"""What a row depends on: a captioner, purifier or classifier as plain data that is equal where, and only where, the part is the same.
+"""What kept rows depend on: captioner, purifier and classifier as plain data, equal only for equal parts.
 
-A part says what it is in `settings()`; its weights and buffers are counted beside that. A part that says nothing cannot be told
-from one with another attribute, closure or code, so its rows are kept for one run alone. `named` lets it speak.
+A part describes itself in `settings()`; its weights and buffers are digested beside that. Rows of a part
+without settings serve one run alone, as its code may be another in the next. `named` gives it settings.
 """
 
 from __future__ import annotations
@@ -10,136 +10,124 @@ import functools
 import hashlib
 import io
 import json
+from typing import Any
 
 import torch
 
+# Fields of a configuration that say where a model lies or what wrote it, not what it computes.
+VOLATILE = ("name_or_path", "transformers_version", "torch_dtype", "dtype")
 
-def named(part, name, **settings):
-    """`part`, which says from now on that it is `name` with these settings; so rows that it made serve later processes, too.
 
-    Whoever changes what the part does must change the name or a setting: nothing else tells old rows from new ones.
-    part: any captioner, purifier or classifier; one that takes no attribute comes back in a `functools.partial`.
-    settings: numbers, text, and lists or dicts of these.
+def named(part: Any, name: str, **settings: Any) -> Any:
+    """`part` with a name and settings, by which later processes know it and resume its rows.
+
+    settings: numbers, text, lists or dicts of these; else TypeError or ValueError. Change one whenever the
+    part computes something else. A part that takes no attribute is returned in a `functools.partial`.
     """
-    told = {"name": name, **settings}
-    digest(told)
+    settings = {"name": name, **settings}
+    digest(settings)
     try:
-        part.settings = functools.partial(dict, told)
+        part.settings = functools.partial(dict, settings)
     except AttributeError:
         part = functools.partial(part)
-        part.settings = functools.partial(dict, told)
+        part.settings = functools.partial(dict, settings)
     return part
 
 
-def identity(part):
-    """{"is": what a part says of itself, "weights": a digest of its tensors or None}, as plain data for a configuration.
+def own_settings(part: Any) -> Any:
+    """`part.settings()`; None where missing or inherited, as a subclass may compute something else."""
+    own = "settings" in getattr(part, "__dict__", {}) or "settings" in vars(type(part))
+    return part.settings() if own and callable(part.settings) else None
 
-    A part that does not say what it is has "unnamed" in place of "is" (see `unnamed_in`). Raises ValueError for settings that
-    are not plain data.
+
+def identity(part: Any) -> dict[str, Any]:
+    """{"is": the part's own settings, or "unnamed": its name, "weights": `state_digest` or None}.
+
+    Raises ValueError for settings that are not plain data.
     """
-    told = _told(part)
+    settings = own_settings(part)
+    name = getattr(part, "__qualname__", type(part).__qualname__)
     weights = state_digest(part) if isinstance(part, torch.nn.Module) else None
-    if not told:
-        return {"unnamed": _name(part), "weights": weights}
+    if not settings:
+        return {"unnamed": name, "weights": weights}
     try:
-        if not isinstance(told, dict):
-            raise TypeError(f"got {type(told).__name__}")
-        digest(told)
+        if not isinstance(settings, dict):
+            raise TypeError(f"got {type(settings).__name__}")
+        digest(settings)
     except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"settings() of {_name(part)}: expected numbers, text, and lists or dicts of these ({error})"
-        ) from None
-    ours = type(part).__module__.split(".")[0] == "lgap_utils"
-    return {"is": told if ours else {"class": type(part).__name__} | told, "weights": weights}
+        plain = "numbers, text, and lists or dicts of these"
+        raise ValueError(f"settings() of {name}: expected {plain} ({error})") from None
+    if type(part).__module__.split(".")[0] != "lgap_utils":
+        settings = {"class": type(part).__name__} | settings
+    return {"is": settings, "weights": weights}
 
 
-def _told(part):
-    """What a part says of itself. A subclass that inherits `settings` may do something else than what these describe."""
-    own = getattr(part, "__dict__", {})
-    if "settings" not in own and "settings" not in vars(type(part)):
+def unnamed_in(defenses: dict[str, dict[str, Any]]) -> list[str]:
+    """The parts without settings, or made of one without, in {defence: {part: identity}}, each in words."""
+    out = []
+    for defence, parts in defenses.items():
+        for part, described in parts.items():
+            if name := _unnamed(described):
+                out.append(f"{part} of {defence!r} ({name})")
+    return out
+
+
+def _unnamed(described: Any) -> str | None:
+    """The first name under "unnamed" anywhere in nested dicts."""
+    if not isinstance(described, dict):
         return None
-    return (
-        part.settings() if callable(part.settings) else None
-    )  # an attribute of that name says something else
+    return described.get("unnamed") or next(filter(None, map(_unnamed, described.values())), None)
 
 
-def _name(part):
-    return getattr(part, "__qualname__", type(part).__qualname__)
-
-
-def unnamed_in(parts):
-    """The names of parts that do not say what they are, or are made of one that does not, in {defence: {part: identity}}."""
-    return [
-        f"{part} of {defence!r} ({name})"
-        for defence, described in parts.items()
-        for part, told in described.items()
-        if (name := _unnamed(told))
-    ]
-
-
-def _unnamed(told):
-    """The first name under "unnamed" anywhere in nested dicts, or None."""
-    if not isinstance(told, dict):
-        return None
-    return told.get("unnamed") or next(filter(None, map(_unnamed, told.values())), None)
-
-
-def digest(value):
-    """A short digest of plain data, the same in every process and Python. Raises TypeError or ValueError for other data."""
+def digest(value: Any) -> str:
+    """16 hex digits of plain data, equal in every process. Raises TypeError or ValueError for other data."""
     text = json.dumps(value, sort_keys=True, allow_nan=False)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
-def state_digest(module):
-    """A short digest of a module's parameters and buffers, those that are not saved with it too: name, kind, shape and values;
-    and of whatever else it saves, as the packed weights of quantised layers."""
-    tensors = dict(module.named_parameters(remove_duplicate=False)) | dict(
-        module.named_buffers(remove_duplicate=False)
-    )
+def state_digest(module: torch.nn.Module) -> str:
+    """16 hex digits of all parameters, buffers (saved or not) and packed weights of quantised layers."""
+    tensors = dict(module.named_parameters(remove_duplicate=False))
+    tensors |= dict(module.named_buffers(remove_duplicate=False))
     saved = module.state_dict()
-    found = hashlib.blake2b(digest_size=8)
+    out = hashlib.blake2b(digest_size=8)
     for name, tensor in sorted(tensors.items()):
         values = tensor.detach().cpu()
         values = (values.to_dense() if values.layout is not torch.strided else values).contiguous()
-        found.update(f"{name} {values.dtype} {list(values.shape)} ".encode())
-        found.update(values.flatten().view(torch.uint8).numpy().tobytes())
+        out.update(f"{name} {values.dtype} {list(values.shape)} ".encode())
+        out.update(values.flatten().view(torch.uint8).numpy().tobytes())
     for name in sorted(saved.keys() - tensors.keys()):
         buffer = io.BytesIO()
         torch.save(saved[name], buffer)
-        found.update(name.encode() + buffer.getvalue())
-    return found.hexdigest()
+        out.update(name.encode() + buffer.getvalue())
+    return out.hexdigest()
 
 
-def config_digest(config):
-    """Of a model's, scheduler's or processor's configuration: all but where it lies and which version wrote it."""
-    told = config.to_dict() if hasattr(config, "to_dict") else dict(config)
-    return digest(json.loads(json.dumps(_lasting(told), default=str)))
+def config_digest(config: Any) -> str:
+    """Digest of a model's, scheduler's or processor's configuration, less `VOLATILE`, private and None."""
+    fields = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+    return digest(json.loads(json.dumps(_lasting(fields), default=str)))
 
 
-VOLATILE = ("name_or_path", "transformers_version", "torch_dtype", "dtype")
+def _lasting(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return [_lasting(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    fields = {str(name): item for name, item in value.items() if item is not None and name not in VOLATILE}
+    return {name: _lasting(item) for name, item in fields.items() if not name.startswith("_")}
 
 
-def _lasting(value):
-    if isinstance(value, dict):
-        kept = {
-            str(k): v
-            for k, v in value.items()
-            if v is not None and not str(k).startswith("_") and k not in VOLATILE
-        }
-        return {name: _lasting(v) for name, v in kept.items()}
-    return [_lasting(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-def tokenizer_digest(tokenizer):
-    """Of a tokenizer's words, merges, normalisation and special tokens; not of how it was last asked to pad or cut."""
-    told = {
-        "special": [str(t) for t in tokenizer.all_special_tokens],
+def tokenizer_digest(tokenizer: Any) -> str:
+    """Digest of a tokenizer's words, rules and special tokens, less how it was last asked to pad or cut."""
+    content = {
+        "special": [str(token) for token in tokenizer.all_special_tokens],
         "length": tokenizer.model_max_length,
         "padding": tokenizer.padding_side,
     }
     if backend := getattr(tokenizer, "backend_tokenizer", None):
         rules = json.loads(backend.to_str())
-        told["rules"] = {name: part for name, part in rules.items() if name not in ("padding", "truncation")}
+        content["rules"] = {k: rule for k, rule in rules.items() if k not in ("padding", "truncation")}
     else:
-        told["words"] = tokenizer.get_vocab()
-    return digest(told)
+        content["words"] = tokenizer.get_vocab()
+    return digest(content)

@@ -1,240 +1,239 @@
-"""results."""
+"""Our tables beside the paper's: for a reader, for results.json and for a figure."""
 
 from __future__ import annotations
 
 import json
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from .figures import accuracy_figure, save_figure
 from .files import folder_lock, write_whole
-from .profiles import ROOT
-from .tables import as_text, interval_text, marked
+from .profiles import ROOT, Profile
+from .rows import Frame
+from .tables import Share, as_text, save_table, wilson
 from .words import DATA_SETS
 
+if TYPE_CHECKING:
+    from .images import Images
 
-def paper_numbers(table):
-    """The paper's rows of one table, as printed: a DataFrame of text."""
-    numbers = pd.read_csv(ROOT / "paper" / "numbers.csv", dtype=str, keep_default_na=False)
+Row = dict[str, Any]  # as from `tables.table_rows`; natural and robust are shares, or None where not run
+NOT_RUN: Row = {"natural": None, "robust": None, "protocol": "quoted from the paper"}
+
+
+def paper_numbers(table: int) -> Frame:
+    """The paper's rows of one table, as printed: text. Raises ValueError for a table that it lacks."""
+    numbers: Frame = pd.read_csv(ROOT / "paper" / "numbers.csv", dtype=str, keep_default_na=False)
     if str(table) not in set(numbers["table"]):
         choices = sorted(numbers["table"].unique())
         raise ValueError(f"the paper has no table {table!r} of accuracies; choose from {choices}")
     return numbers[numbers["table"] == str(table)].reset_index(drop=True)
 
 
-def _paper_data(table):
+def _paper_data(table: int) -> str:
     return paper_numbers(table)["dataset"][0]
 
 
-def _data_here(table, profile, images):
-    """The data set in words; where it is the paper's but the images are others, which ones."""
-    name = DATA_SETS[profile.dataset]
-    if images.official or profile.dataset != _paper_data(table):
-        return name
-    which = re.sub(r" sha256 \w+", "", images.source) or "others"
-    return f"{name}, not the paper's images but {which}"
-
-
-def heading(profile, table=None, images=None):
-    """Whose numbers a figure shows: "Table 2, profile small, CIFAR-10 (in the paper: CIFAR-100)".
-
-    Without a table, the profile and its data set alone.
-    """
-    if table is None:
-        return f"profile {profile.name}, {DATA_SETS[profile.dataset]}"
-    text = f"Table {table}, profile {profile.name}, {_data_here(table, profile, images)}"
-    if profile.dataset != _paper_data(table):
-        text += f" (in the paper: {DATA_SETS[_paper_data(table)]})"
-    elif _unlike(table, profile, images) == "other models":
-        text += ", other models than the paper's"
-    return text
-
-
-def _unlike(table, profile, images):
-    """Why our numbers are not held against the paper's: "other data", "other models", or "" if they are."""
+def _not_comparable(table: int, profile: Profile, images: Images) -> str:
+    """Why our numbers are not compared with the paper's: "other data", "other models", or ""."""
     if profile.dataset != _paper_data(table) or not images.official:
         return "other data"
     return "" if profile.same_models else "other models"
 
 
-def _by_row(rows):
-    """{(method, attack): row}. Raises ValueError where two would stand in the same row."""
-    out = {}
-    for row in rows:
+def _data_here(table: int, profile: Profile, images: Images) -> str:
+    """The data set in words; where it is the paper's but the images are others, which ones."""
+    name = DATA_SETS[profile.dataset]
+    if images.official or profile.dataset != _paper_data(table):
+        return name
+    source = re.sub(r" sha256 \w+", "", images.source) or "others"
+    return f"{name}, not the paper's images but {source}"
+
+
+def heading(profile: Profile, table: int | None = None, images: Images | None = None) -> str:
+    """Whose numbers a figure shows: "Table 2, profile small, CIFAR-10 (in the paper: CIFAR-100)".
+
+    Without table and images the profile and its data set alone.
+    """
+    if table is None or images is None:
+        return f"profile {profile.name}, {DATA_SETS[profile.dataset]}"
+    text = f"Table {table}, profile {profile.name}, {_data_here(table, profile, images)}"
+    if profile.dataset != _paper_data(table):
+        return f"{text} (in the paper: {DATA_SETS[_paper_data(table)]})"
+    other_models = _not_comparable(table, profile, images) == "other models"
+    return text + ", other models than the paper's" * other_models
+
+
+def _pairs(table: int, ours: list[Row]) -> list[tuple[dict[str, str], Row | None]]:
+    """(the paper's row, ours of the same method and attack or None), then ({}, ours) for our other rows.
+
+    Raises ValueError where two of ours have the same method and attack.
+    """
+    mine = {}
+    for row in ours:
         key = row["method"], row["attack"]
-        if key in out:
-            raise ValueError(
-                f"two rows for the method {key[0]!r} and the attack {key[1]!r}; give one of them another name"
-            )
-        out[key] = row
-    return out
+        if key in mine:
+            rows = f"two rows for the method {key[0]!r} and the attack {key[1]!r}"
+            raise ValueError(f"{rows}; give one of them another name")
+        mine[key] = row
+    paper = paper_numbers(table).to_dict("records")
+    pairs = [(printed, mine.pop((printed["method"], printed["attack"]), None)) for printed in paper]
+    return pairs + [({}, row) for row in mine.values()]
 
 
-def _against(printed, row, unlike):
-    """The paper's numbers against ours, in words: "inside" or "outside" of our interval, or why neither."""
+def _verdict(number: str | None, share: Share | None, not_comparable: str) -> str:
+    """Where the paper's number lies: "inside" or "outside" of our interval, or why neither can be said."""
+    if share is None:
+        return "not run"
+    if not number:
+        return "not in the paper"
+    if not_comparable:
+        return not_comparable
+    low, high = wilson(share["k"], share["n"])  # not the rounded ones that the table shows
+    return "inside" if 100 * low <= float(number) <= 100 * high else "outside"
 
-    def verdict(number, found):
-        if found is None:
-            return "not run"
-        if not number:
-            return "not in the paper"
-        if unlike:
-            return unlike
-        low, high = (
-            100 * bound for bound in interval_text(found["k"], found["n"])
-        )  # not the rounded ones that the table shows
-        return "inside" if low <= float(number) <= high else "outside"
 
-    natural, robust = (verdict(printed.get(name), row[name]) for name in ("natural", "robust"))
+def _verdicts(paper: dict[str, str], row: Row, not_comparable: str) -> str:
+    natural = _verdict(paper.get("natural"), row["natural"], not_comparable)
+    robust = _verdict(paper.get("robust"), row["robust"], not_comparable)
     return natural if natural == robust else f"natural {natural}, robust {robust}"
 
 
-NOT_RUN = {"natural": None, "robust": None, "protocol": "quoted from the paper"}
+def compare_with_paper(table: int, ours: list[Row], profile: Profile, images: Images) -> pd.DataFrame:
+    """The paper's table with our measurements beside it; no cell is blank.
 
-
-def compare_with_paper(table, ours, profile, images):
-    """The paper's table with our measurements beside it: a DataFrame in which no cell is blank.
-
-    ours: dicts {"method", "attack", "natural", "robust" (shares, or None where not run), "protocol"}; one
-    whose method and attack are a row of the paper stands in that row, the others follow. A number is called
-    "inside" or "outside" of our interval only where the models (profile.same_models), the data set
-    (profile.dataset) and the images (images.official) are the paper's.
+    A row of ours stands in the paper's row of the same method and attack, the others follow. The paper's
+    number is inside or outside of our interval only where models, data set and images are the paper's.
     """
-    mine, lines, unlike = _by_row(ours), [], _unlike(table, profile, images)
-    for paper in paper_numbers(table).to_dict("records"):
-        lines.append((paper, mine.pop((paper["method"], paper["attack"]), None)))
-    lines += [({}, row) for row in mine.values()]
-    data = _data_here(table, profile, images), DATA_SETS[_paper_data(table)]
-    return pd.DataFrame([_line(paper, row, *data, unlike) for paper, row in lines]).set_index(
-        ["method", "attack"]
-    )
+    lines = []
+    for paper, row in _pairs(table, ours):
+        here, source = row or NOT_RUN, paper or row or {}
+        share, flags = here["robust"] or here["natural"], here.get("flags", "")
+        line = {
+            "method": source["method"] + "*" * (paper.get("cited") == "yes"),
+            "attack": source["attack"] or "none",
+            "data here": _data_here(table, profile, images) if row else "not run",
+            "data in the paper": DATA_SETS[_paper_data(table)],
+            "architecture in the paper": paper.get("architecture", "not in the paper") or "not given",
+            "paper natural": paper.get("natural") or "not given",
+            "paper robust": paper.get("robust") or "not given",
+            "natural here, %": as_text(here["natural"]),
+            "robust here, %": as_text(here["robust"], flags),
+            "n": share["n"] if share else "not run",
+            "paper's number": _verdicts(paper, here, _not_comparable(table, profile, images)),
+            "flags": flags or ("none" if row else "not run"),
+            "protocol": here["protocol"],
+        }
+        lines.append(line)
+    return pd.DataFrame(lines).set_index(["method", "attack"])
 
 
-def _line(paper, row, here, there, unlike):
-    """One row of `compare_with_paper`: the paper's, {} if it has none, and ours, None if it was not run."""
-    measured, source = row or NOT_RUN, paper or row
-    found = measured["robust"] or measured["natural"]
-    flags = measured.get("flags", "")
-    return {
-        "method": source["method"] + "*" * (paper.get("cited") == "yes"),
-        "attack": source["attack"] or "none",
-        "data here": here if row else "not run",
-        "data in the paper": there,
-        "architecture in the paper": paper.get("architecture", "not in the paper") or "not given",
-        "paper natural": paper.get("natural") or "not given",
-        "paper robust": paper.get("robust") or "not given",
-        "natural here, %": as_text(measured["natural"]),
-        "robust here, %": marked(measured["robust"], flags),
-        "n": found["n"] if found else "not run",
-        "paper's number": _against(paper, measured, unlike),
-        "flags": flags or ("none" if row else "not run"),
-        "protocol": measured["protocol"],
-    }
-
-
-def latex_columns(table):
-    """What a page has room for of a table made by `compare_with_paper`: the rows that were run, ours alone."""
+def latex_columns(table: pd.DataFrame) -> pd.DataFrame:
+    """What a page has room for of a table of `compare_with_paper`: the rows that were run, ours alone."""
     return table.loc[table["n"] != "not run", ["data here", "natural here, %", "robust here, %", "n"]]
 
 
-def check_results(folder):
-    """What folder/results.json holds, {} where there is none.
+def with_paper(table: int, rows: list[Row], profile: Profile, images: Images) -> list[Row]:
+    """For a figure: `rows` with the paper's numbers, and the paper's rows that were not run.
 
-    Raises ValueError, saying what to do, for a file that `write_results` did not write whole.
+    `rows` alone where data set or images are not the paper's, as its numbers are not comparable.
     """
+    if _not_comparable(table, profile, images) == "other data":
+        return rows
+    out = []
+    for paper, row in _pairs(table, rows):
+        out.append({**(row or NOT_RUN)})
+        if paper:
+            out[-1] |= {"method": paper["method"], "attack": paper["attack"]}
+            out[-1] |= {"paper natural": paper["natural"], "paper robust": paper["robust"]}
+    return out
+
+
+def check_results(folder: str | Path) -> dict[str, Any]:
+    """What folder/results.json holds, {} without one. Raises ValueError for a torn or foreign file."""
     file = Path(folder) / "results.json"
     try:
         results = json.loads(file.read_bytes())
     except FileNotFoundError:
         return {}
     except ValueError:
-        raise ValueError(
-            f"{file} is torn or not JSON; restore it, or move it away and run its tables again"
-        ) from None
-    tables = results.items() if isinstance(results, dict) else [("", None)]
-    for name, entry in tables:
-        if not (
+        raise ValueError(f"{file} is torn or not JSON; restore it, or move it away and run again") from None
+    whole = isinstance(results, dict)
+    for name, entry in results.items() if whole else ():
+        whole &= (
             name.startswith("table ") and isinstance(entry, dict) and {"provenance", "rows"} <= set(entry)
-        ):
-            raise ValueError(
-                f'{file} is not a results.json of this software: expected "table 1" and so on, each with '
-                "provenance and rows; move it away, or set LGAP_OUTPUTS to another folder"
-            )
+        )
+    if not whole:
+        expected = 'expected "table 1" and so on, each with provenance and rows'
+        raise ValueError(f"{file} is not a results.json of this software: {expected}; move it away")
     return results
 
 
-def write_results(folder, table, rows, profile, images, provenance):
-    """Put `rows` (dicts as in `compare_with_paper`) and where they come from into folder/results.json, beside the other tables'.
+def write_results(
+    folder: str | Path, table: int, rows: list[Row], profile: Profile, images: Images, provenance: dict
+) -> None:
+    """Put the rows of a table and their provenance into folder/results.json, beside those of other tables.
 
-    Fields are named as in RobustBench's model_info where it has them; the paper's numbers are `reported`
-    only where the images are the paper's. Written whole; nothing but times and versions changes from run to
-    run. Raises ValueError as `check_results` does.
+    Fields are named as in RobustBench's model_info where it has them; the paper's numbers are `reported` only
+    where the images are the paper's. Written whole. Raises ValueError as `check_results` does.
     """
     check_results(folder)
-    unlike = _unlike(table, profile, images)
-    paper = _by_row(paper_numbers(table).to_dict("records"))
-    value = lambda found, key: None if found is None else found[key]
+    why = _not_comparable(table, profile, images)
+    papers = {id(row): paper for paper, row in _pairs(table, rows)}
     entries = []
-    for key, row in _by_row(rows).items():
-        printed = paper.get(key, {})
-        reported = {} if unlike == "other data" else printed
-        entry = {
-            "name": row["method"],
-            "attack": row["attack"],
-            "footnote": row["protocol"],
-            "dataset": profile.dataset,
-            "paper_dataset": _paper_data(table),
-            "official_images": bool(images.official),
-            "clean_acc": value(row["natural"], "%"),
-            "robust_acc": value(row["robust"], "%"),
-            "reported": reported.get("robust") or None,
-            "reported_clean_acc": reported.get("natural") or None,
-            "papers_number": _against(printed, row, unlike),
-        }
-        for name in ("natural", "robust"):
-            entry |= {
-                f"{name}_{short}": value(row[name], column)
-                for short, column in {"interval": "95 % interval", "k": "k", "n": "n"}.items()
-            }
-        entry |= {
-            "unreliable": row.get("unreliable", False),
-            "flags": row.get("flags", ""),
-            "eps": row.get("eps"),
-            "seconds": row.get("seconds"),
-        }
-        if (
-            row.get("whole") and "AutoAttack" in row["protocol"]
-        ):  # RobustBench means the model as it is deployed, not a transfer
-            entry["autoattack_acc"] = entry["robust_acc"]
+    for row in rows:
+        paper = papers[id(row)]
+        entry = _entry(row, {} if why == "other data" else paper)
+        entry |= {"dataset": profile.dataset, "paper_dataset": _paper_data(table)}
+        entry |= {"official_images": bool(images.official), "papers_number": _verdicts(paper, row, why)}
         entries.append(entry)
-    with folder_lock(
-        Path(folder) / "tables", wait=True
-    ):  # of two notebooks at once, neither loses the other's table
+    with folder_lock(Path(folder) / "tables", wait=True):  # of two notebooks at once, neither loses its table
         results = check_results(folder) | {f"table {table}": {"provenance": provenance, "rows": entries}}
-        write_whole(
-            Path(folder) / "results.json", (json.dumps(results, indent=1, sort_keys=True) + "\n").encode()
-        )
+        text = json.dumps(results, indent=1, sort_keys=True) + "\n"
+        write_whole(Path(folder) / "results.json", text.encode())
 
 
-def with_paper(table, rows, profile, images):
-    """`rows` for a figure, with the paper's numbers for the same method and attack, and the paper's rows that were not run.
+def _entry(row: Row, reported: dict[str, str]) -> dict[str, Any]:
+    """A row as in results.json, with the paper's numbers that are `reported`."""
+    natural, robust = row["natural"] or {}, row["robust"] or {}
+    entry = {"name": row["method"], "attack": row["attack"], "footnote": row["protocol"]}
+    entry |= {"clean_acc": natural.get("%"), "robust_acc": robust.get("%")}
+    entry |= {
+        "reported": reported.get("robust") or None,
+        "reported_clean_acc": reported.get("natural") or None,
+    }
+    for name, share in (("natural", natural), ("robust", robust)):
+        entry |= {f"{name}_interval": share.get("95 % interval")}
+        entry |= {f"{name}_k": share.get("k"), f"{name}_n": share.get("n")}
+    entry |= {"unreliable": row.get("unreliable", False), "flags": row.get("flags", "")}
+    entry |= {"eps": row.get("eps"), "seconds": row.get("seconds")}
+    if row.get("whole") and "AutoAttack" in row["protocol"]:
+        entry["autoattack_acc"] = entry["robust_acc"]  # RobustBench means the deployed model, not a transfer
+    return entry
 
-    Where the images are not the paper's, `rows` alone: its numbers would stand beside what they are not
-    comparable with.
+
+def finish_table(
+    number: int,
+    name: str,
+    ours: list[Row],
+    profile: Profile,
+    images: Images,
+    provenance: dict[str, Any],
+    title: str,
+    in_figure: tuple[str, ...] = (),
+) -> pd.DataFrame:
+    """Our rows beside the paper's table `number`, saved below profile.outputs and returned.
+
+    Saved are tables/NAME (csv, md, tex), the table's part of results.json and figures/NAME (png, pdf).
+    title: of the figure, after its `heading`. in_figure: the methods that it shows; all where empty.
     """
-    ours, out = _by_row(rows), []
-    if _unlike(table, profile, images) == "other data":
-        return list(ours.values())
-    for paper in paper_numbers(table).to_dict("records"):
-        row = ours.pop((paper["method"], paper["attack"]), None) or NOT_RUN
-        out.append(
-            {
-                **row,
-                "method": paper["method"],
-                "attack": paper["attack"],
-                "paper natural": paper["natural"],
-                "paper robust": paper["robust"],
-            }
-        )
-    return out + list(ours.values())
+    table = compare_with_paper(number, ours, profile, images)
+    save_table(table, profile.outputs / "tables", name, tex=latex_columns(table))
+    write_results(profile.outputs, number, ours, profile, images, provenance)
+    rows = [row for row in ours if not in_figure or row["method"] in in_figure]
+    rows = with_paper(number, rows, profile, images)
+    figure = accuracy_figure(rows, f"{heading(profile, number, images)}: {title}")
+    save_figure(figure, profile.outputs / "figures", name)
+    return table

@@ -1,47 +1,53 @@
-"""From rows to what a reader sees: intervals, tables and figures. Needs no model and no GPU."""
+"""From rows to tables: accuracies with their intervals, as DataFrames and as files."""
 
 from __future__ import annotations
 
 import math
-import numbers
 import re
+from collections.abc import Iterable
+from numbers import Integral, Real
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
 from .files import write_whole
-from .words import DATA_SETS
+from .rows import Frame
+from .words import DATA_SETS, names_class
 
-# A check that counts images says next to nothing on fewer: of 10 that all stand, the 95 % interval begins at 72 %.
-FEW_IMAGES = 10
+if TYPE_CHECKING:
+    from .profiles import Profile
+    from .protocols import Attack
+
+Share = dict[str, Any]  # {"%", "95 % interval", "k", "n"}: a number is never alone
+Runs = dict[str, tuple["Attack", Frame]]  # {name in a table: (attack, rows of `Evaluation.run`)}
 
 
-def wilson(k, n):
-    """95 % Wilson interval of k successes in n, as two fractions (scipy).
+def wilson(k: float, n: int) -> tuple[float, float]:
+    """95 % Wilson interval of k in n, as two fractions (scipy); raises ValueError unless 0 <= k <= n, n >= 1.
 
-    Raises ValueError unless both are whole numbers, n at least 1 and k from 0 to n.
+    Where k is a mean over draws and no whole number: from the low end of floor(k) to the high end of ceil(k).
     """
     from scipy.stats import binomtest
 
-    if not all(isinstance(v, numbers.Real) and v % 1 == 0 for v in (k, n)) or not 0 <= k <= n or n < 1:
-        raise ValueError(f"k={k!r} of n={n!r}: expected whole numbers, n at least 1 and k from 0 to n")
-    interval = binomtest(int(k), int(n)).proportion_ci(confidence_level=0.95, method="wilson")
-    return interval.low, interval.high
+    if not isinstance(k, Real) or not isinstance(n, Integral) or not 0 <= k <= n or n < 1:
+        raise ValueError(f"k={k!r} of n={n!r}: expected a whole number n of at least 1, and k from 0 to n")
+    tests = [binomtest(whole, int(n)) for whole in (math.floor(k + 1e-9), math.ceil(k - 1e-9))]
+    low, high = (test.proportion_ci(confidence_level=0.95, method="wilson") for test in tests)
+    return low.low, high.high
 
 
-def proportion(flags):
-    """{"%", "95 % interval", "k", "n"} of a column of True and False: a number is never alone.
+def proportion(flags: Any) -> Share:
+    """The share of True in a list, array, tensor or Series of nothing but True and False, at least one.
 
-    Raises ValueError where there is none, or one that is something else: a gap must not count as right or
-    wrong.
+    Raises ValueError for anything else: a gap must not count as right or wrong.
     """
-    flags = _truths(flags)
+    flags = _bools(flags)
     return _share(sum(flags), len(flags))
 
 
-def _truths(flags):
-    """A list of bool from a list, array, tensor or Series of nothing but True and False."""
+def _bools(flags: Any) -> list[bool]:
     values = np.asarray(flags, dtype=object)
     if values.ndim != 1:
         raise ValueError(f"got {flags!r}, expected one row of True and False")
@@ -52,35 +58,30 @@ def _truths(flags):
     return values
 
 
-def interval_text(k, n):
-    """`wilson` of a count that may lie between whole numbers: it then reaches from the interval of the one to that of the other."""
-    return wilson(math.floor(k + 1e-9), n)[0], wilson(math.ceil(k - 1e-9), n)[1]
+def _share(k: float, n: int) -> Share:
+    low, high = wilson(k, n)
+    interval = f"{100 * low:.1f} to {100 * high:.1f}"
+    return {"%": round(100 * k / n, 1), "95 % interval": interval, "k": round(k, 3), "n": n}
 
 
-def _share(k, n):
-    """A `share` of a count that may lie between whole numbers."""
-    if not n:
-        raise ValueError("a share of no images; expected at least one")
-    low, high = interval_text(k, n)
-    return {
-        "%": round(100 * k / n, 1),
-        "95 % interval": f"{100 * low:.1f} to {100 * high:.1f}",
-        "k": round(k, 3),
-        "n": n,
-    }
+def as_text(share: Share | None, flags: str = "") -> str:
+    """A share as a cell of a table: "58.7 (52.1 to 65.0)", or "... , flagged" where there are flags."""
+    if share is None:
+        return "not run"
+    return f"{share['%']:.1f} ({share['95 % interval']})" + ", flagged" * bool(flags)
 
 
-def of_images(rows, defence, where=""):
-    """The rows of one defence. Raises ValueError, with the defences that there are, where it has none."""
-    there = list(rows["defence"].unique()) if "defence" in rows else []
-    if defence not in there:
-        found = f"rows of {there}" if there else "no rows at all"
-        raise ValueError(f"{where}no rows of the defence {defence!r}; there are {found}")
+def of_images(rows: Frame, defence: str, where: str = "") -> Frame:
+    """The rows of one defence. Raises ValueError, naming the defences that there are, where it has none."""
+    names = list(rows["defence"].unique()) if "defence" in rows else []
+    if defence not in names:
+        others = f"rows of {names}" if names else "no rows at all"
+        raise ValueError(f"{where}no rows of the defence {defence!r}; there are {others}")
     return rows[rows["defence"] == defence]
 
 
-def _check_rows(rows, column):
-    """Refuse rows that are not one defence's matrix of images x draws with a label each."""
+def _check_rows(rows: Frame, column: str) -> None:
+    """Refuse rows that are not one defence's images x draws with one label for each image."""
     if column not in ("clean", "adversarial"):
         raise ValueError(f"no accuracy of the column {column!r}; choose from ['clean', 'adversarial']")
     if rows.empty:
@@ -89,133 +90,136 @@ def _check_rows(rows, column):
         raise ValueError(f"rows of {list(rows['defence'].unique())}; an accuracy is that of one defence")
     if (unlabelled := rows["label"].isna()).any():
         raise ValueError(f"image {rows['index'][unlabelled].iloc[0]} has no label")
-    for names, what in (["index", "draw"], "draws that are there twice"), (["index"], "several labels"):
-        each = rows.groupby(names)["label"]
-        bad = each.size() > 1 if "draw" in names else each.nunique() > 1
+    images = rows.groupby("index")
+    twice, several = images["draw"].nunique() < images.size(), images["label"].nunique() > 1
+    for bad, what in ((twice, "draws that are there twice"), (several, "several labels")):
         if bad.any():
             raise ValueError(f"{int(bad.sum())} of {len(bad)} images have {what}")
 
 
-def accuracy(rows, column="adversarial", how="mean"):
-    """`share` of the images whose label the defence finds, from the matrix of images x noise draws.
+def accuracy(rows: Frame, column: str = "adversarial", how: str = "mean") -> Share:
+    """The share of images whose label one defence finds, from its rows of images x noise draws.
 
-    rows: one defence's rows of `evaluate.Evaluation`; column: "clean" or "adversarial". how: "mean" over
-    the draws (the interval is that of the images, whose number and not that of the draws counts),
-    "majority" (the label predicted most often; the lower one if tied), or "worst" (right in every draw).
-    Raises ValueError where an image lacks a draw or a label, and for no rows.
+    column: "clean" or "adversarial". how: "mean" over the draws (its interval counts images, not draws),
+    "majority" (the label predicted most often; the lower one of a tie) or "worst" (right in every draw).
+    Raises ValueError for no rows, and for an image without a label or a draw.
     """
     _check_rows(rows, column)
     matrix = rows.pivot(index="index", columns="draw", values=column)
-    if matrix.isna().any(axis=None):
-        raise ValueError(
-            f"{int(matrix.isna().any(axis=1).sum())} of {len(matrix)} images lack a draw; run the evaluation to its end"
-        )
+    if n_short := int(matrix.isna().any(axis=1).sum()):
+        raise ValueError(f"{n_short} of {len(matrix)} images lack a draw; run the evaluation to its end")
     label = rows.groupby("index")["label"].first()
     right = matrix.eq(label, axis=0)
+    if how == "mean":
+        return _share(float(right.mean(axis=1).sum()), len(right))
     if how == "majority":
         return proportion(matrix.mode(axis=1)[0] == label)
     if how == "worst":
         return proportion(right.all(axis=1))
-    if how == "mean":
-        return _share(float(right.mean(axis=1).sum()), len(right))
     raise ValueError(f"no accuracy {how!r}; choose from ['mean', 'majority', 'worst']")
 
 
-def table_rows(rows, attack, names, whole=("undefended",)):
-    """What `compare_with_paper` takes, for each defence in rows: {defence: (the method's name in the table, the attack's)}.
+def flags_of(rows: Frame) -> str:
+    """What was flagged, and on how many images: "64 of 64 images: ...", or "" for nothing."""
+    flagged = rows[rows["flags"].fillna("") != ""].drop_duplicates(["index", "flags"])
+    n = rows["index"].nunique()
+    return "; ".join(f"{k} of {n} images: {flag}" for flag, k in flagged["flags"].value_counts().items())
 
-    whole: defences that are nothing but the classifier, so that even a blind attack sees all there is.
-    Raises ValueError for a defence that has no rows.
+
+def table_rows(
+    rows: Frame, attack: Attack, names: dict[str, tuple[str, str]], whole: Iterable[str] = ("undefended",)
+) -> list[dict[str, Any]]:
+    """A row of a table for each defence in names: {defence: (the method's name in the table, the attack's)}.
+
+    whole: defences that are the bare classifier, all of which a blind attack sees. Raises ValueError for a
+    defence without rows.
     """
     out = []
     for defence, (method, label) in names.items():
         own = of_images(rows, defence)
-        flags = flags_of(own)
-        out.append(
-            {
-                "method": method,
-                "attack": label,
-                "natural": accuracy(own, "clean"),
-                "robust": accuracy(own),
-                "eps": f"{attack.eps_255:g}/255",
-                "seconds": round(float(own.drop_duplicates("index")["seconds"].sum()), 1),
-                "unreliable": bool(flags),
-                "flags": flags,
-                "whole": attack.view != "blind" or defence in whole,
-                "protocol": attack.describe()
-                + (f"; mean of {own['draw'].nunique()} draws" if own["draw"].max() else ""),
-            }
-        )
+        flags, n_draws = flags_of(own), own["draw"].nunique()
+        row = {"method": method, "attack": label, "natural": accuracy(own, "clean"), "robust": accuracy(own)}
+        row["eps"] = f"{attack.eps_255:g}/255"
+        row["seconds"] = round(float(own.drop_duplicates("index")["seconds"].sum()), 1)
+        row |= {"unreliable": bool(flags), "flags": flags}
+        row["whole"] = attack.view != "blind" or defence in whole
+        row["protocol"] = attack.describe() + f"; mean of {n_draws} draws" * (n_draws > 1)
+        out.append(row)
     return out
 
 
-def flags_of(rows):
-    """What was flagged, and on how many images: "64 of 64 images: ...", or "" for nothing."""
-    found = rows[rows["flags"].fillna("") != ""].drop_duplicates(["index", "flags"])["flags"].value_counts()
-    return "; ".join(f"{n} of {rows['index'].nunique()} images: {flag}" for flag, n in found.items())
+def measured(
+    runs: Runs,
+    defenses: Iterable[str],
+    names: dict[str, str] | None = None,
+    suffix: str = "",
+    paper_attacks: dict[str, str] | None = None,
+    whole: Iterable[str] = ("undefended",),
+) -> list[dict[str, Any]]:
+    """`table_rows` of these defences in each run, {the attack's name in the table: (attack, rows)}.
+
+    A defence is called as `names` says, else by its own name and `suffix`. paper_attacks: {the attack's name:
+    the paper's}, which the rows of LGAP take.
+    """
+    out = []
+    for label, (attack, rows) in runs.items():
+        methods = {defence: ((names or {}).get(defence, defence + suffix), label) for defence in defenses}
+        if "LGAP" in methods:
+            methods["LGAP"] = (methods["LGAP"][0], (paper_attacks or {}).get(label, label))
+        out += table_rows(rows, attack, methods, whole)
+    return out
 
 
-def paired(rows, first, second, column="adversarial"):
-    """Two defences on the same images and the same noise (draw 0), by an exact McNemar test: {what is counted: how many, ..., "p"}."""
-    one = []
+def mcnemar(first: Any, second: Any) -> tuple[int, int, float]:
+    """Exact McNemar test of two methods, True for each image they get right: (only first, only second, p)."""
+    from scipy.stats import binomtest
+
+    first, second = _bools(first), _bools(second)
+    if len(first) != len(second) or not first:
+        raise ValueError(f"{len(first)} and {len(second)} images; expected as many of both, and at least one")
+    b = sum(f and not s for f, s in zip(first, second))
+    c = sum(s and not f for f, s in zip(first, second))
+    return b, c, float(binomtest(b, b + c).pvalue) if b + c else 1.0
+
+
+def paired(rows: Frame, first: str, second: str, column: str = "adversarial") -> dict[str, Any]:
+    """`mcnemar` of two defences on the same images and the same noise (draw 0), as a row of a table."""
+    right = []
     for defence in (first, second):
         own = of_images(rows, defence)
         own = own[own["draw"] == 0]
         _check_rows(own, column)
-        one.append((own[column] == own["label"]).set_axis(own["index"]).sort_index())
-    if not one[0].index.equals(one[1].index):
-        raise ValueError(
-            f"{first} has draw 0 of {len(one[0])} images and {second} of {len(one[1])}, "
-            "which are not the same ones"
-        )
-    b, c, p = mcnemar(*one)
-    return {
-        "first": first,
-        "second": second,
-        "right with the first alone": b,
-        "with the second alone": c,
-        "n": len(one[0]),
-        "exact McNemar p": f"{p:.2g}",
-    }
+        right.append((own[column] == own["label"]).set_axis(own["index"]).sort_index())
+    if not right[0].index.equals(right[1].index):
+        counts = f"{first} has draw 0 of {len(right[0])} images and {second} of {len(right[1])}"
+        raise ValueError(f"{counts}, which are not the same ones")
+    b, c, p = mcnemar(*right)
+    counts = {"right with the first alone": b, "with the second alone": c, "n": len(right[0])}
+    return {"first": first, "second": second, **counts, "exact McNemar p": f"{p:.2g}"}
 
 
-def caption_readers(rows, classes, defence="LGAP"):
-    """A defence's rows as those of a rival that looks at no image and takes for its label what the caption names: "caption alone".
+def caption_readers(rows: Frame, classes: tuple[str, ...], defence: str = "LGAP") -> Frame:
+    """Rows (draw 0) of "caption alone", a rival whose label is the class that the defence's caption names.
 
-    rows: of `evaluate.Evaluation.run`; classes: the names. A caption that names none of them, or several, counts as label -1: wrong.
-    The rows of draw 0 alone, as captions draw no noise.
+    A caption that names no class, or several, counts as label -1: wrong.
     """
-    from .words import names_class
+
+    def label(caption: str) -> int:
+        named = [k for k, name in enumerate(classes) if names_class(caption, name)]
+        return named[0] if len(named) == 1 else -1
 
     own = of_images(rows, defence)
     own = own[own["draw"] == 0]
-    named = {
-        caption: [k for k, name in enumerate(classes) if names_class(caption, name)]
-        for caption in {*own["caption"], *own["caption_clean"]}
-    }
-    label = {caption: found[0] if len(found) == 1 else -1 for caption, found in named.items()}
-    return own.assign(
-        defence="caption alone", clean=own["caption_clean"].map(label), adversarial=own["caption"].map(label)
-    )
+    clean, adversarial = own["caption_clean"].map(label), own["caption"].map(label)
+    return own.assign(defence="caption alone", clean=clean, adversarial=adversarial)
 
 
-def as_text(found):
-    """A `share` as one cell of a table: "58.7 (52.1 to 65.0)"."""
-    return "not run" if found is None else f"{found['%']:.1f} ({found['95 % interval']})"
+def ladder(
+    runs: Runs, classes: tuple[str, ...] | None = None, defence: str = "LGAP", profile: Profile | None = None
+) -> Frame:
+    """Accuracies of one defence, a row for each run. Raises ValueError for no run, or one without its rows.
 
-
-def marked(found, flags):
-    """`as_text`, and whether the attack that the number comes from was flagged."""
-    return as_text(found) + ", flagged" * bool(found and flags)
-
-
-def ladder(runs, classes=None, defence="LGAP", profile=None):
-    """Accuracies of one defence under several attacks: a DataFrame with a row per attack.
-
-    runs: {what the table calls it: (attack, rows of `evaluate.Evaluation.run`)}. classes: with their names,
-    how often the caption of the attacked image names the right one has a column (`caption_readers`).
-    profile: with it, its data set has one. Raises ValueError where there is no run, or a run has no rows of
-    the defence.
+    classes: for a column with the accuracy of the caption alone; profile: for one with its data set.
     """
     if not runs:
         raise ValueError("a ladder of no runs; expected at least one")
@@ -223,142 +227,89 @@ def ladder(runs, classes=None, defence="LGAP", profile=None):
     for name, (attack, rows) in runs.items():
         own = of_images(rows, defence, f"{name}: ")
         flags = flags_of(own)
-        table[name] = {
-            **({"data": DATA_SETS[profile.dataset]} if profile else {}),
-            "natural, %": as_text(accuracy(own, "clean")),
-            "robust, mean of draws, %": marked(accuracy(own), flags),
-            "majority, %": as_text(accuracy(own, how="majority")),
-            "worst draw, %": as_text(accuracy(own, how="worst")),
-            **(
-                {"caption alone, %": as_text(accuracy(caption_readers(rows, classes, defence)))}
-                if classes
-                else {}
-            ),
-            "n": own["index"].nunique(),
-            "draws": own["draw"].nunique(),
-            "flags": flags or "none",
-            "protocol": attack.describe(),
-        }
+        row = {"data": DATA_SETS[profile.dataset]} if profile else {}
+        row["natural, %"] = as_text(accuracy(own, "clean"))
+        row["robust, mean of draws, %"] = as_text(accuracy(own), flags)
+        row["majority, %"] = as_text(accuracy(own, how="majority"))
+        row["worst draw, %"] = as_text(accuracy(own, how="worst"))
+        if classes:
+            row["caption alone, %"] = as_text(accuracy(caption_readers(rows, classes, defence)))
+        row |= {"n": own["index"].nunique(), "draws": own["draw"].nunique()}
+        table[name] = row | {"flags": flags or "none", "protocol": attack.describe()}
     return pd.DataFrame(table).T.rename_axis(f"{defence} under")
 
 
-def mcnemar(first, second):
-    """Exact McNemar test of two methods on the same images: (only first right, only second right, p)."""
-    from scipy.stats import binomtest
+# ---------------------------------------------------------------- files, in which any cell may be a caption
 
-    first, second = _truths(first), _truths(second)
-    if len(first) != len(second) or not first:
-        raise ValueError(
-            f"{len(first)} images of the first and {len(second)} of the second; "
-            "expected as many, and at least one"
-        )
-    b = sum(f and not s for f, s in zip(first, second))
-    c = sum(s and not f for f, s in zip(first, second))
-    return b, c, float(binomtest(b, b + c).pvalue) if b + c else 1.0
+TEXT_WIDTH, GAP = 345, 3  # points: an article's text at 10 pt, and half of what lies between two columns
+TEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "–": "--"}
+TEX |= {"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}"} | {c: f"\\{c}" for c in "&%$#_{}"}
 
 
-# ---------------------------------------------------------------- tables, in which any cell may be a caption
-
-
-def save_table(table, folder, name, tex=None):
+def save_table(table: Frame, folder: str | Path, name: str, tex: pd.DataFrame | None = None) -> Frame:
     """`name`.csv, .md and .tex below `folder`, each written whole; returns the table, to be shown.
 
-    tex: what the LaTeX shows in the table's place, as a page is narrower than a screen. It needs booktabs
-    alone and is as wide as the text of an article, or less. Markdown and LaTeX show all text as it is, with
-    nothing in it obeyed.
+    tex: what the LaTeX has in its place, as a page is narrower than a screen. It needs booktabs alone and
+    fits the text of an article. Markdown and LaTeX show text as it is and obey nothing in it.
     """
-    folder, tex = Path(folder), table if tex is None else tex
-    texts = {"csv": table.to_csv(), "md": _markdown(table.reset_index()), "tex": _latex(tex.reset_index())}
-    folder.mkdir(parents=True, exist_ok=True)
+    narrow = table if tex is None else tex
+    texts = {"csv": table.to_csv(), "md": _markdown(table.reset_index()), "tex": _latex(narrow.reset_index())}
+    Path(folder).mkdir(parents=True, exist_ok=True)
     for ending, text in texts.items():
-        write_whole(folder / f"{name}.{ending}", text.encode("utf-8", "backslashreplace"))
+        write_whole(Path(folder) / f"{name}.{ending}", text.encode("utf-8", "backslashreplace"))
     return table
 
 
-def plain_text(text):
-    """Text in one line: what cannot be printed (line ends, control characters, lone surrogates) is a space."""
+def plain_text(text: Any) -> str:
+    """Text in one line: what cannot be printed (line ends, control characters, surrogates) is a space."""
     return " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
 
 
-def _markdown(table):
+def _markdown(table: Frame) -> str:
     def escape(cell):
         return re.sub(r"[\\`|<$]|\](?=\()", r"\\\g<0>", plain_text(cell)) if isinstance(cell, str) else cell
 
     shown = table.map(escape).set_axis([escape(str(column)) for column in table], axis=1)
+    # the text "007" must not become the number 7
     text = [k for k in range(shown.shape[1]) if any(isinstance(cell, str) for cell in shown.iloc[:, k])]
-    return (
-        shown.to_markdown(index=False, disable_numparse=text) + "\n"
-    )  # or the text "007" would be the number 7
+    return shown.to_markdown(index=False, disable_numparse=text) + "\n"
 
 
-TEXT_WIDTH, GAP = 345, 3  # points: an article's text at 10 pt, and half of what lies between two columns
-TEX = str.maketrans(
-    {
-        "\\": r"\textbackslash{}",
-        "~": r"\textasciitilde{}",
-        "^": r"\textasciicircum{}",
-        "–": "--",
-        "<": r"\textless{}",
-        ">": r"\textgreater{}",
-        "|": r"\textbar{}",
-    }
-    | {c: f"\\{c}" for c in "&%$#_{}"}
-)
+def _latex(table: Frame) -> str:
+    """A tabular in footnotesize: each column as wide as it needs, long ones with equal parts of the rest."""
+    lines = [[_tex_plain(cell) for cell in line] for line in (table.columns, *table.to_numpy(dtype=object))]
+    needs = []
+    for head, *cells in zip(*lines):
+        needs.append(max(map(_points, [*cells, *head.split()]), default=9))  # a heading may be wrapped
+    left, widths = TEXT_WIDTH - 2 * GAP * (len(needs) - 1), [0] * len(needs)
+    for n_left, k in zip(range(len(needs), 0, -1), np.argsort(needs, kind="stable")):
+        widths[k] = math.floor(min(needs[k] + 1, left / n_left))
+        left -= widths[k]
+    head, *body = [" & ".join(map(_tex_cell, line, widths)) + r" \tabularnewline" for line in lines]
+    columns = "".join(f"p{{{width}pt}}" for width in widths)
+    start = r"\begingroup\footnotesize\exhyphenpenalty=1000\setlength{\tabcolsep}{" + f"{GAP}pt}}%"
+    start = [start, r"\begin{tabular}{@{}" + columns + "@{}}", r"\toprule", head, r"\midrule"]
+    return "\n".join([*start, *body, r"\bottomrule", r"\end{tabular}\endgroup", ""])
 
 
-def _tex_plain(cell):
-    """A cell in characters that LaTeX has without a package; intervals with a dash, as they are narrower."""
+def _tex_plain(cell: Any) -> str:
+    """A cell of at most 200 characters, all of which LaTeX has without a package; intervals with a dash."""
     text = re.sub(r"[^ -~À-ÖØ-öø-ÿ–—‘’“”]|[ÐÞðþ]", "?", plain_text(cell))
     text = text if len(text) <= 200 else text[:196] + " ..."
     return re.sub(r"(\d) to (\d)", r"\1–\2", text)
 
 
-def _points(text):
+def _points(text: str) -> float:
     """About how wide a text is in footnotesize, and rather more than less."""
-    wider = sum(map(str.isupper, text)) + sum(text.count(wide) for wide in "MWmwÆ%—…")
-    return 4.5 * len(text) + 2.5 * wider
+    return 4.5 * len(text) + 2.5 * sum(c.isupper() + (c in "MWmwÆ%—…") for c in text)
 
 
-def _tex_cell(text, width):
-    """The cell for a column of `width` points: intervals small; a word too long for it may be broken."""
-
-    def word_in_tex(word):
-        if re.fullmatch(r"\([\d.]+–[\d.]+\),?", word):
-            return rf"{{\scriptsize {word.translate(TEX)}}}"
-        parts = [word] if _points(word) <= width else [word[i : i + 3] for i in range(0, len(word), 3)]
-        return r"\penalty5000 ".join(part.translate(TEX) for part in parts)
-
-    return r"\raggedright " + " ".join(map(word_in_tex, text.split(" ")))
-
-
-def _latex(table):
-    """A tabular in footnotesize, as wide as a text: each column has what it needs, long ones an equal part of the rest."""
-    lines = [
-        [_tex_plain(cell) for cell in line]
-        for line in (table.columns, *table.itertuples(index=False, name=None))
-    ]
-    columns = list(zip(*lines))
-    needs = [
-        max(map(_points, [*cells[1:], *cells[0].split()]), default=9) for cells in columns
-    ]  # a heading may be wrapped
-    left, widths = TEXT_WIDTH - 2 * GAP * (len(needs) - 1), [0] * len(needs)
-    for waiting, k in zip(range(len(needs), 0, -1), sorted(range(len(needs)), key=needs.__getitem__)):
-        widths[k] = math.floor(min(needs[k] + 1, left / waiting))
-        left -= widths[k]
-    rows = [
-        " & ".join(_tex_cell(*cell) for cell in zip(line, widths)) + r" \tabularnewline" for line in lines
-    ]
-    spec = "".join(f"p{{{width}pt}}" for width in widths)
-    return "\n".join(
-        [
-            r"\begingroup\footnotesize\exhyphenpenalty=1000\setlength{\tabcolsep}{" + f"{GAP}pt}}%",
-            r"\begin{tabular}{@{}" + spec + "@{}}",
-            r"\toprule",
-            rows[0],
-            r"\midrule",
-            *rows[1:],
-            r"\bottomrule",
-            r"\end{tabular}\endgroup",
-            "",
-        ]
-    )
+def _tex_cell(text: str, width: int) -> str:
+    """A cell for a column of `width` points, escaped: intervals small; a longer word may be broken."""
+    words = []
+    for word in text.split(" "):
+        interval, fits = re.fullmatch(r"\([\d.]+–[\d.]+\),?", word), _points(word) <= width
+        parts = [word] if interval or fits else [word[i : i + 3] for i in range(0, len(word), 3)]
+        escaped = r"\penalty5000 ".join(part.translate(str.maketrans(TEX)) for part in parts)
+        words.append(rf"{{\scriptsize {escaped}}}" if interval else escaped)
+    return r"\raggedright " + " ".join(words)

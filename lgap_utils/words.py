@@ -1,8 +1,10 @@
-"""words."""
+"""Words: which class a caption names, and what tables call the data sets."""
 
 from __future__ import annotations
 
-# Words that name a class in a caption beside its own name.
+DATA_SETS = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "imagenet": "ImageNet", "toy": "drawn scenes"}
+
+# Other words for a class of CIFAR-10 or CIFAR-100 that captioners use.
 SYNONYMS = {
     "airplane": ("plane", "aircraft", "jet", "airliner"),
     "automobile": ("car", "sedan", "vehicle"),
@@ -35,25 +37,16 @@ SYNONYMS = {
 }
 
 
-# ---------------------------------------------------------------- words
-
-
-def _words(text):
+def _words(text: str) -> str:
+    """The words of a text in lower case, one space between them."""
     return " ".join("".join(c if c.isalpha() else " " for c in text.lower()).split())
 
 
-def names_class(caption, class_name):
-    """Whether the caption holds, as whole words in a row, the class's name, one of its alternatives or one of its synonyms.
+def names_class(caption: str, class_name: str) -> bool:
+    """Whether the caption holds, as whole words in a row, a name of the class or one of its `SYNONYMS`.
 
-    Alternatives are separated by commas, words by spaces, hyphens or underscores: "aquarium_fish", "great white shark, white shark".
+    class_name: names separated by commas, words by spaces, hyphens or underscores ("white shark, man-eater").
     """
-    caption, names = (
-        f" {_words(caption)} ",
-        map(_words, (*class_name.split(","), *SYNONYMS.get(class_name, ()))),
-    )
-    return any(f" {name} " in caption for name in names if name)
-
-
-# ---------------------------------------------------------------- beside the paper
-
-DATA_SETS = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "imagenet": "ImageNet", "toy": "drawn scenes"}
+    text = f" {_words(caption)} "
+    names = [_words(name) for name in (*class_name.split(","), *SYNONYMS.get(class_name, ()))]
+    return any(f" {name} " in text for name in names if name)

@@ -116,6 +116,21 @@ def images():
     return load_images("toy", "test", 8)
 
 
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    """A whole run of a cheap defence: its folder, which must not be changed, and its table."""
+    from cheap_defense import ATTACK, evaluation
+
+    folder = tmp_path_factory.mktemp("unbroken")
+    return folder, evaluation(folder, batch_size=2).run(ATTACK)
+
+
+@pytest.fixture
+def copied(unbroken, tmp_path):
+    """A copy of the whole run to do harm to."""
+    return shutil.copytree(unbroken[0], tmp_path / "copy")
+
+
 @pytest.fixture(scope="session")
 def exact(purifier):
     """The purifier in float64, working at 16 x 16 and in a few steps, its colours too pale to reach the clamp."""

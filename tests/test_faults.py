@@ -1,4 +1,4 @@
-"""Full and read-only disks, file systems without locks, signals, and a checkout that a run leaves as it was."""
+"""Full and read-only disks, file systems without locks, signals, and a checkout that no run changes."""
 
 import errno
 import fcntl
@@ -108,10 +108,9 @@ def disk(tmp_path):
     """A file system of 1 MB, which only root can make."""
     place = tmp_path / "disk"
     place.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", place]
     try:
-        made = subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", place], capture_output=True, text=True
-        )
+        made = subprocess.run(command, capture_output=True, text=True)
     except FileNotFoundError:
         pytest.skip("no mount command")
     if made.returncode:
@@ -226,7 +225,7 @@ def start(folder, outputs):
     script = textwrap.dedent(f"""
         import functools, pathlib, signal
         from tools import runner
-        signal.signal(signal.SIGINT, signal.default_int_handler)    # whoever started the tests may ignore Ctrl-C
+        signal.signal(signal.SIGINT, signal.default_int_handler)    # the tests' parent may ignore Ctrl-C
         runner.ready = lambda *_: True
         runner.main = functools.partial(runner.main, [], pathlib.Path({str(folder)!r}))
         runner.command()""")
@@ -358,16 +357,13 @@ def test_a_run_in_a_fresh_clone_changes_no_file_that_git_knows(checkout):
     assert done.returncode == 0, said
     assert "| names the true class, clean" in out and "table1" not in out  # its own, and none of the clone's
     assert (checkout / "outputs/toy/tables/01_captions.md").is_file()
-    assert (
-        git(checkout, "diff", "--name-only")
-        == git(checkout, "ls-files", "--others", "--exclude-standard")
-        == ""
-    )
+    assert git(checkout, "diff", "--name-only") == ""
+    assert git(checkout, "ls-files", "--others", "--exclude-standard") == ""
 
 
 GROWS = """import pathlib, sys, time
 sys.path.insert(0, str(pathlib.Path.cwd().parent))
-from lgap_utils.evaluate import Rows
+from lgap_utils.rows import Rows
 from lgap_utils.profiles import get_profile
 rows = Rows(get_profile(PROFILE).outputs / "rows" / "mine", {})
 print("found", len(rows.read()))
@@ -417,12 +413,8 @@ def test_a_notebook_that_reaches_for_the_network_is_caught(tmp_path):
         "HF_HUB_OFFLINE": "1",
         "no_proxy": "*",
     }
-    done = subprocess.run(
-        [sys.executable, "-c", script, "ipykernel_launcher"],
-        env=os.environ | guard,
-        capture_output=True,
-        text=True,
-    )
+    command = [sys.executable, "-c", script, "ipykernel_launcher"]
+    done = subprocess.run(command, env=os.environ | guard, capture_output=True, text=True)
     assert done.stdout == "None\n", done.stderr
     noted = (tmp_path / "trespass").read_text().split()
     assert noted == ["192.0.2.1", "example.org", "192.0.2.2", "192.0.2.3"]

@@ -1,4 +1,4 @@
-"""A handful of rows, pinned: whoever changes a result must raise defense.METHOD, so that rows of the old method are refused.
+"""A handful of rows, pinned: a change of results must raise defense.METHOD, so that older rows are refused.
 
 After a change that is meant:  raise METHOD, then `python tests/test_golden.py` writes tests/golden.json anew.
 """
@@ -37,7 +37,7 @@ def toy():
 
 
 def measured(defense, images, attack):
-    """What an attack does to two images and what the defence makes of them, in numbers that other noise or another path would change."""
+    """What an attack does to two images and the defence makes of them, in numbers that show other noise."""
     keys, x = Keys(images.indices), images.x
     adv = attack(defense, x, images.labels, Keys(images.indices, 0, "attack"))
     captions = defense.caption(adv)
@@ -69,7 +69,7 @@ def test_the_golden_rows_are_those_of_this_method():
 def test_a_row_is_what_it_was(toy, quick, attack):
     expected, found = json.loads(FILE.read_text())["rows"][attack.name], measured(*toy, attack)
     assert (found["captions"], found["labels"]) == (expected["captions"], expected["labels"])
-    # kinds of CPU round otherwise, and a sign may flip; other noise moves each of these a hundred times as far
+    # CPUs round differently, and a sign may flip; other noise moves each of these a hundred times as far
     assert found["purified"] == pytest.approx(expected["purified"], abs=1e-3)
     assert found["moved, 1/255"] == pytest.approx(expected["moved, 1/255"], abs=0.05)
     assert found["logits"] == pytest.approx(expected["logits"], rel=0.05)
@@ -87,12 +87,10 @@ if __name__ == "__main__":
     both = models.load_defense("toy", device="cpu"), data.load_images("toy", "test", 2)
     with torch.no_grad():
         purifiers = cheap(*both)
-    told = {
+    golden = {
         "METHOD": METHOD,
         "rows": {attack.name: measured(*both, attack) for attack in ATTACKS},
         "purifiers": purifiers,
     }
-    FILE.write_text(
-        json.dumps(json.loads(json.dumps(told), parse_float=lambda text: round(float(text), 6)), indent=1)
-        + "\n"
-    )
+    rounded = json.loads(json.dumps(golden), parse_float=lambda text: round(float(text), 6))
+    FILE.write_text(json.dumps(rounded, indent=1) + "\n")

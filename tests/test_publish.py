@@ -1,4 +1,4 @@
-"""Published results: what is copied, what stays with whoever has the data, and that git knows nothing else of a run."""
+"""Published results: what is copied, what stays with the data, and that git knows nothing else of a run."""
 
 import importlib.util
 import json
@@ -115,11 +115,8 @@ def test_git_knows_nothing_of_outputs_but_what_is_published():
     known = git("ls-files", "outputs")
     assert known and all(name.startswith("outputs/published/") for name in known)
     assert git("ls-files", "--cached", "--ignored", "--exclude-standard") == []
-    for name in (
-        "outputs/toy/tables/a.md",
-        "outputs/small/results.json",
-        "outputs/small/figures/04_table1.png",
-    ):
+    for name in ("toy/tables/a.md", "small/results.json", "small/figures/04_table1.png"):
+        name = f"outputs/{name}"
         assert git("check-ignore", "--no-index", name) == [name]
 
 
@@ -130,6 +127,5 @@ def test_the_readme_shows_what_is_published():
         (ROOT / name).is_file() and name.parts[:2] == ("outputs", "published") for name in marked
     )
     assert publish.filled(text) == text
-    assert (
-        ROOT / "outputs/published/toy/figures/02_figure2.png"
-    ).is_file() and "(outputs/published/toy/figures/02_figure2.png)" in text
+    figure = "outputs/published/toy/figures/02_figure2.png"
+    assert (ROOT / figure).is_file() and f"({figure})" in text

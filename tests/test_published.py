@@ -1,4 +1,4 @@
-"""Published rows are those that this checkout would make: it accepts them, in the folder where a run would look for them."""
+"""Published rows are those that this checkout would make: it accepts them, in the folder of a run."""
 
 import json
 import shutil
@@ -15,7 +15,7 @@ from lgap_utils.rows import Rows, differences
 
 PUBLISHED = Path(__file__).resolve().parents[1] / "outputs" / "published" / "small"
 FOLDERS = sorted(file.parent for file in (PUBLISHED / "rows").glob("*/*/config.json"))
-# {folder of an evaluation: (the paper's table whose settings it has, whether its classifier is the fine-tuned one)}
+# {folder of an evaluation: (the paper's table whose settings it has, whether its classifier is fine-tuned)}
 EVALUATIONS = {
     "table1_and_3": (1, True),
     "table1_as_it_came": (1, False),
@@ -26,21 +26,20 @@ EVALUATIONS = {
 
 @pytest.fixture(scope="module")
 def described_here():
-    """{folder of an evaluation that has published rows: what its defences are, as this checkout loads them}."""
+    """{folder of an evaluation with published rows: what its defences are, as this checkout loads them}."""
     found = {}
     for folder in {folder.parent.name for folder in FOLDERS}:
         table, tuned = EVALUATIONS[folder]
         profile = get_profile("small", table)
         classifier = PUBLISHED / f"classifier_{profile.dataset}" if tuned else None
         defense = models.load_defense(profile, device="cpu", classifier=classifier)
-        found[folder] = {
-            name: describe_defense(d) for name, d in baselines.with_baselines(defense, 32).items()
-        }
+        defenses = baselines.with_baselines(defense, 32)
+        found[folder] = {name: describe_defense(defense) for name, defense in defenses.items()}
     return found
 
 
 def test_there_are_published_rows():
-    """Of Table 4 at least, whose classifier is as it came; those of a fine-tuned one go with the classifier."""
+    """Of Table 4 at least, whose classifier is as it came; those of a fine-tuned one go with it."""
     names = {folder.name for folder in FOLDERS if folder.parent.name == "table4"}
     assert names == {"natural", "pgd-10", "autoattack", "bpda-40", "pgd-10-eps-0"}
 
@@ -50,22 +49,13 @@ def test_the_checkout_accepts_published_rows(folder, described_here, tmp_path):
     config = json.loads((folder / "config.json").read_text())
     profile = get_profile("small", EVALUATIONS[folder.parent.name][0])
     here = json.loads(json.dumps(described_here[folder.parent.name]))
-    assert (
-        folder_name(config["attack"]["name"]) == folder.name
-        and Attack(**config["attack"]).settings() == config["attack"]
-    )
-    assert (
-        config["attack"]["eps_255"] in (0, profile.eps_255)
-        and config["attack"]["step_size_255"] == profile.step_size_255
-    )
+    attack = config["attack"]
+    assert folder_name(attack["name"]) == folder.name and Attack(**attack).settings() == attack
+    assert attack["eps_255"] in (0, profile.eps_255) and attack["step_size_255"] == profile.step_size_255
     folder = shutil.copytree(folder, tmp_path / folder.name)  # a shard that is not whole would be set aside
-    assert config["method"] == METHOD and not differences(
-        config["defences"], {name: here[name] for name in config["defences"]}
-    )
-    assert (config["seed"], config["n_draws"], config["dataset"]) == (
-        profile.seed,
-        profile.n_draws,
-        profile.dataset,
-    )
+    assert config["method"] == METHOD
+    assert not differences(config["defences"], {name: here[name] for name in config["defences"]})
+    for name in ("seed", "n_draws", "dataset"):
+        assert config[name] == getattr(profile, name)
     table = Rows(folder, config, ("index", "defence", "draw")).read()
     assert len(table) and table["inside"].all() and set(table["defence"]) == set(config["defences"])
