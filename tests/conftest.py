@@ -83,9 +83,8 @@ def profile(make, captions, tmp_path_factory):
     images = load_images("toy", "train", 8)
     for part, sizes in SIZES.items():
         torch.manual_seed(0)
-        make.PARTS[part](
-            profile, images, captions[:8], tmp_path_factory.mktemp(part), out, "cpu", **{"epochs": 0} | sizes
-        )
+        job = make.Job(profile, images, captions[:8], tmp_path_factory.mktemp(part), out, "cpu")
+        make.PARTS[part](job, **{"epochs": 0} | sizes)
     torch.manual_seed(0)
     captioner = make.new_captioner(captions, profile, "cpu", width=16, layers=1, text_layers=1)
     for weight in captioner.model.parameters():

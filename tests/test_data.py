@@ -10,7 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from checkpoints.pretrain import PALETTE, pixel_caption
+from checkpoints.captions import PALETTE, pixel_caption
+from checkpoints.new_models import new_text_tokenizer
 from lgap_utils import data, imagenet, toy
 from lgap_utils.data import CIFAR10_CLASSES, CIFAR100_CLASSES, load_images, validate
 from lgap_utils.imagenet import imagenet_classes, imagenet_ids
@@ -747,7 +748,7 @@ def test_a_caption_from_pixels_names_the_class_and_fits(make):
         [c for _, c in captions], p, "cpu", width=16, layers=1, text_layers=1
     ).processor.tokenizer
     assert max(len(ids) for ids in tokenizer(texts).input_ids) <= p.max_length
-    assert len(make.new_text_tokenizer([c for _, c in captions], p.prompt, 32)(captions[0][1]).input_ids) < 32
+    assert len(new_text_tokenizer([c for _, c in captions], p.prompt, 32)(captions[0][1]).input_ids) < 32
 
 
 def test_a_caption_from_pixels_says_what_is_there():
