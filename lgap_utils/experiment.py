@@ -29,8 +29,6 @@ from .models import CAPTIONER_FILES, diffusion_files, load_classifier, load_defe
 from .profiles import REVISIONS, ROOT, Profile
 from .rows import differences
 
-# ---------------------------------------------------------------- evaluations
-
 
 def row_configuration(profile: Profile) -> dict[str, Any]:
     """What rows depend on beside the defence, the attack and the images."""
@@ -38,7 +36,7 @@ def row_configuration(profile: Profile) -> dict[str, Any]:
 
 
 def evaluation(profile: Profile, folder: str, defenses: dict[str, LGAP], images: Images) -> Evaluation:
-    """The evaluation of {name: defence} with the profile's sizes; rows lie in outputs/PROFILE/rows/`folder`."""
+    """Evaluation of {name: defence} in the profile's sizes, with rows in outputs/PROFILE/rows/`folder`."""
     sizes = {"n_draws": profile.n_draws, "seed": profile.seed, "batch_size": profile.batch_size}
     rows = profile.outputs / "rows" / folder
     return Evaluation(defenses, images, rows, config=row_configuration(profile), **sizes)
@@ -73,9 +71,6 @@ def purified_rows(
     config = row_configuration(profile) | {"images": name, **extra}
     how = {"seed": profile.seed, "batch_size": profile.batch_size, "config": config, "title": name}
     return purify_rows(defense, images, profile.outputs / "rows" / name, x=x, **how)
-
-
-# ---------------------------------------------------------------- fine-tuning
 
 
 def finetune(profile: Profile, defense: LGAP) -> tuple[list[dict], Any]:
@@ -163,9 +158,6 @@ def _finetuning(profile: Profile, defense: LGAP, began_as: str) -> dict[str, Any
     how |= {part: identity(getattr(defense, part)) for part in ("captioner", "purifier")}
     how |= {"began as": began_as, "dataset": profile.dataset, "method": METHOD}
     return json.loads(json.dumps(how))
-
-
-# ---------------------------------------------------------------- provenance
 
 
 def file_digests(

@@ -22,7 +22,7 @@ LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 class Source:
     """Where a model comes from."""
 
-    digests: dict[str, dict] = field(default_factory=dict)  # {source: {file: entry}} for `record_digests`
+    digests: dict[str, dict] = field(default_factory=dict)  # {source: {file: entry}}, see `record_digests`
     again: str = ""  # the remedy for bad files
 
 

@@ -33,22 +33,15 @@ def device_of(device: Any = None, dtype: str = "float32") -> torch.device:
     name = str(device)
     try:
         chosen = torch.device(name)
+        backend = torch.get_device_module(chosen.type)
     except RuntimeError:
         kinds = "cpu, cuda, cuda:0 or another that torch has (see LGAP_DEVICE)"
         raise ValueError(f"device {name!r}: no such kind; expected {kinds}") from None
-    try:
-        backend = torch.get_device_module(chosen.type)
-    except RuntimeError:  # "meta", which computes nothing
-        backend = None
-    if backend is None or not backend.is_available():
-        hardware = "GPU" if chosen.type == "cuda" else f"{chosen.type} device"
-        remedy = "unset LGAP_DEVICE, or set it to cpu"
-        raise ValueError(f"device {name!r}: torch finds no {hardware} here; {remedy}")
-    n = backend.device_count()
+    n = backend.device_count() if backend.is_available() else 0
     if (chosen.index or 0) >= n:
-        raise ValueError(
-            f"device {name!r}: torch finds {n} of this kind here, counted from 0 (see LGAP_DEVICE)"
-        )
+        hardware = "GPU" if chosen.type == "cuda" else f"{chosen.type} device"
+        problem = f"torch finds {n or 'no'} {hardware} here"
+        raise ValueError(f"device {name!r}: {problem}; unset LGAP_DEVICE, or set it to cpu")
     if dtype != "float32":
         try:
             one = torch.ones(1, 1, 1, 1, device=chosen, dtype=getattr(torch, dtype))
@@ -194,7 +187,7 @@ def load_diffusion(
 class Normalized(nn.Module):
     """A network for normalised images that takes images in [0, 1], so that eps is in pixels."""
 
-    mean: Tensor  # [1, channels, 1, 1], as std
+    mean: Tensor
     std: Tensor
 
     def __init__(self, net: nn.Module, mean: list[float], std: list[float]):
@@ -238,33 +231,31 @@ def save_classifier(net: nn.Module, folder: str | Path, **config: Any) -> None:
 
 def save_classifier_like(net: nn.Module, name: str, folder: str | Path) -> None:
     """Save a fine-tuned `net` with checksums, in the architecture of `name`, which it started from."""
-    save_classifier(net, folder, **_classifier_config(name))
+    config, _ = _classifier_config(name)
+    save_classifier(net, folder, **config)
     write_checksums(folder)
 
 
-def _classifier_config(name: str) -> dict[str, Any]:
+def _classifier_config(name: str) -> tuple[dict[str, Any], Path | None]:
+    """(arguments of `new_classifier`, folder of the weights, or None for RobustBench's) of a classifier."""
     if name.startswith("robustbench:"):
-        return {"architecture": name}
+        return {"architecture": name}, None
     folder = locate(name)
     if folder is None:
         raise CheckpointError(f"{name!r}: no such folder, and no robustbench:DATASET/THREAT/NAME")
-    return json.loads((folder / "config.json").read_text())
+    verify(folder)
+    return json.loads((folder / "config.json").read_text()), folder
 
 
 def load_classifier(name: str, *, device: Any = None) -> nn.Module:
-    """A saved classifier's folder or "robustbench:DATASET/THREAT/NAME": images in [0, 1] -> logits.
-
-    Raises CheckpointError.
-    """
+    """A folder or "robustbench:DATASET/THREAT/NAME" as images in [0, 1] -> logits. Raises CheckpointError."""
     from safetensors.torch import load_file
 
     net: Any
     with loading("classifier", name) as source:
-        folder = None if name.startswith("robustbench:") else locate(name)
-        if folder:
-            verify(folder)
-            source.again = f"copy {folder} again, or make it again"
-        config = _classifier_config(name)
+        if not name.startswith("robustbench:"):
+            source.again = f"copy {name} again, or make it again"
+        config, folder = _classifier_config(name)
         if folder:
             net = new_classifier(**config)
             net.load_state_dict(load_file(folder / "model.safetensors"))

@@ -25,8 +25,6 @@ from .files import write_whole
 from .identity import state_digest
 from .noise import generator, seed_of
 
-# ---------------------------------------------------------------- learning rates
-
 
 def one_cycle(step: int, n_steps: int, warmup: float = 0.1) -> float:
     """Learning-rate factor: linear up to 1 over the share `warmup` of the steps, then a cosine down to 0."""
@@ -47,8 +45,6 @@ def constant(step: int, n_steps: int, warmup: float) -> float:
 
 
 SCHEDULES = {f.__name__: f for f in (one_cycle, steps, constant)}
-
-# ---------------------------------------------------------------- the loop
 
 OPTIMIZERS = {
     "adam": lambda params, s: torch.optim.Adam(params, s.lr, weight_decay=s.weight_decay),
@@ -193,9 +189,6 @@ def fit(
     return run.rows
 
 
-# ---------------------------------------------------------------- batches
-
-
 class Batches:
     """Indices of each step's batch; an epoch has whole batches only, in an order of (seed, epoch) alone."""
 
@@ -225,9 +218,6 @@ def crop_and_flip(x: Tensor, rng: torch.Generator, pad: int = 4, padding: str = 
     left = torch.where(torch.rand(n, 1, 1, generator=rng) < 0.5, left.flip(2), left)
     image, top, left = (i.to(x.device) for i in (torch.arange(n).view(n, 1, 1), top, left))
     return x[image, :, top, left].permute(0, 3, 1, 2).contiguous()
-
-
-# ---------------------------------------------------------------- the classifier
 
 
 def hits(model: Callable, x: Tensor, y: Tensor, batch_size: int = 250) -> Tensor:

@@ -61,8 +61,6 @@ def new_wide_resnet(depth: int, widen_factor: int, num_classes: int) -> nn.Modul
     return import_robustbench()[1](depth=depth, widen_factor=widen_factor, num_classes=num_classes)
 
 
-# ---------------------------------------------------------------- entries
-
 # The entry whose weights are torchvision's: RobustBench has no file of its own for it.
 TORCHVISIONS = ("imagenet", "Linf", "Standard_R50")
 

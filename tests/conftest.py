@@ -6,6 +6,7 @@ import importlib.util
 import os
 import re
 import shutil
+import socket
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -123,3 +124,14 @@ def exact(purifier):
     double.vae.decoder.conv_out.weight.data *= 0.1
     double.vae.decoder.conv_out.bias.data *= 0.1
     return double
+
+
+@pytest.fixture
+def own_cache(monkeypatch, tmp_path):
+    """A lock file and a cache of the test's own, and no network."""
+    (tmp_path / "lock.json").write_text("{}")
+    monkeypatch.setenv("LGAP_LOCK", str(tmp_path / "lock.json"))
+    monkeypatch.setenv("LGAP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(
+        socket.socket, "connect", lambda *_: pytest.fail("something tried to reach the network")
+    )

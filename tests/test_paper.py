@@ -8,7 +8,7 @@ import sys
 import nbformat
 import pytest
 import torch
-from stand_ins import in_cache, small_network
+from small_models import in_cache, small_network
 
 from lgap_utils import models, zoo
 from lgap_utils.profiles import PAPER, REVISIONS, ROOT, data_root
@@ -22,7 +22,7 @@ needs_data = pytest.mark.skipif(
 )
 
 # Runs in each kernel before its notebook.
-STARTUP = f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]; import stand_ins; stand_ins.install()"
+STARTUP = f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]; import small_models; small_models.install()"
 SIZES = {
     "n_images": 2,
     "n_adaptive": 1,
@@ -142,7 +142,7 @@ def run_all(tmp_path, cache, *request, **environment):
     """`./run_all.sh` as it is, in a process of its own that has only this cache and these outputs."""
     startup = tmp_path / "ipython" / "profile_default" / "startup"
     startup.mkdir(parents=True, exist_ok=True)
-    (startup / "stand_ins.py").write_text(STARTUP)
+    (startup / "small_models.py").write_text(STARTUP)
     env = (
         os.environ
         | {
