@@ -165,6 +165,12 @@ def _cleaner(channels: int) -> nn.Sequential:
     return nn.Sequential(first, nn.SiLU(), middle, nn.SiLU(), last)
 
 
+def _through_noise(z: Tensor, spread: Tensor, noise: float, draw: Tensor, cleaner: Any) -> Tensor:
+    """Latents z of standard deviation `spread` after `noise` times a normal draw, and after the cleaner."""
+    noisy = z / spread + noise * draw
+    return (noisy / (1 + noise**2) + cleaner(noisy)) * spread
+
+
 def train_vae(
     vae: Any,
     images: Images,
@@ -204,9 +210,8 @@ def train_vae(
         draw = normal(mode.shape, rng, device)
         half = len(x) // 2 if noise else 0
         if noise:
-            spread = mode.std()
-            noisy = mode[:half] / spread + noise * draw[:half]
-            z = torch.cat([(noisy / (1 + noise**2) + cleaner(noisy)) * spread, mode[half:]])
+            noisy = _through_noise(mode[:half], mode.std(), noise, draw[:half], cleaner)
+            z = torch.cat([noisy, mode[half:]])
         else:
             z = mode + posterior.std * draw
         error = (vae.decode(z).sample - x).float()

@@ -1,8 +1,7 @@
-"""One small defence with random weights, made, saved and loaded as the bundled ones are. No test needs a network or a GPU."""
+"""One small defence with random weights, made as the bundled ones are. No test needs a network or a GPU."""
 
 import atexit
 import copy
-import importlib.util
 import os
 import re
 import shutil
@@ -30,13 +29,13 @@ SIZES = {
 
 
 def pytest_make_parametrize_id(val):
-    """Plain settings are shown as they are written, less the addresses of objects: ids must be the same in every process."""
+    """Show plain settings as they are written, without the addresses of objects, which differ by process."""
     return re.sub(" at 0x[0-9a-f]+", "", str(val)) if type(val) in (dict, list, tuple) else None
 
 
 @pytest.fixture
 def quick(monkeypatch):
-    """AutoAttack's numbers made small; FAB, nine tenths of its time, is left out and takes no part in any flag."""
+    """AutoAttack's numbers made small; FAB, nine tenths of its time, is left out and sets no flag."""
     from pyautoattack.fab_base import FABAttack
 
     from lgap_utils import autoattack
@@ -50,11 +49,10 @@ def quick(monkeypatch):
 
 @pytest.fixture(scope="session")
 def make():
-    """checkpoints/make.py as a module."""
-    spec = importlib.util.spec_from_file_location("make_checkpoints", ROOT / "checkpoints" / "make.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    """checkpoints/make.py, which takes seconds to import."""
+    from checkpoints import make
+
+    return make
 
 
 @pytest.fixture(scope="session")
@@ -118,7 +116,7 @@ def images():
 
 @pytest.fixture(scope="session")
 def exact(purifier):
-    """The purifier in float64, working at 16 x 16 and in a few steps, its colours too pale to reach the clamp."""
+    """The purifier in float64, at 16 x 16 and in a few steps, its colours too pale to reach the clamp."""
     double = copy.deepcopy(purifier).double()
     double.size, double.strength = 16, 0.1
     double.vae.decoder.conv_out.weight.data *= 0.1

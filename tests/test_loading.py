@@ -245,7 +245,7 @@ def loads_or_says(load, folder):
         assert switch not in shown.replace(switch + '": False', "")
 
 
-# a captioner's single pickle is the one that is converted here, by a loader of our own
+# a captioner's single pickle is read, by a loader of our own
 @pytest.mark.parametrize(
     "part, layout",
     [

@@ -1,7 +1,6 @@
-"""The networks of tools/bench.py have the published sizes, a true-size defence runs on a CPU, and its table is kept whole."""
+"""tools/bench.py: networks of the published sizes, a true-size defence on a CPU, and a table kept whole."""
 
 import csv
-import importlib.util
 import json
 import os
 import subprocess
@@ -11,29 +10,19 @@ from pathlib import Path
 import pytest
 import torch
 
+from tools import bench
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.fixture(scope="module")
-def bench():
-    """tools/bench.py as a module."""
-    spec = importlib.util.spec_from_file_location("bench", ROOT / "tools" / "bench.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
-def row(bench):
+def row():
     """A row of made-up numbers."""
-    return {name: "1" for name in bench.COLUMNS} | {
-        "device": "CPU (model, A)",
-        "strength": 0.5,
-        "what": "purification (WRN-28-10)",
-    }
+    own = {"device": "CPU (model, A)", "strength": 0.5, "what": "purification (WRN-28-10)"}
+    return dict.fromkeys(bench.COLUMNS, "1") | own
 
 
-# BLIP's published file has 247,414,076: it holds the 30524 x 768 matrix of the words twice, which is one in memory.
+# BLIP's published file has 247,414,076: it holds the words' 30524 x 768 matrix twice.
 @pytest.mark.parametrize(
     "name, count",
     {
@@ -45,33 +34,24 @@ def row(bench):
         "ResNet-50": 25_557_032,
     }.items(),
 )
-def test_a_network_has_the_published_number_of_parameters(bench, networks, name, count):
+def test_a_network_has_the_published_number_of_parameters(networks, name, count):
     assert sum(p.numel() for p in networks[name].parameters()) == count
 
 
 @pytest.fixture(scope="module")
-def networks(bench):
+def networks():
     with torch.device("meta"):
         return bench.networks() | {name: new() for name, (new, _) in bench.CLASSIFIERS.items()}
 
 
-def test_the_stand_in_tokenizers_have_the_lengths_and_special_ids_of_the_real_ones(bench):
+def test_the_stand_in_tokenizers_have_the_lengths_and_special_ids_of_the_real_ones():
     words, text = bench.blip_processor().tokenizer, bench.clip_tokenizer()
-    assert len(words) == bench.BLIP["text_config"]["vocab_size"] and words("a picture of").input_ids == [
-        101,
-        1,
-        2,
-        3,
-        102,
-    ]
+    assert len(words) == bench.BLIP["text_config"]["vocab_size"]
+    assert words("a picture of").input_ids == [101, 1, 2, 3, 102]
     assert (words.convert_tokens_to_ids("[DEC]"), words.sep_token_id, words.pad_token_id) == (30522, 102, 0)
     ids = text("a cat", padding="max_length").input_ids
-    assert (
-        len(ids) == 77
-        and ids[0] == 49406
-        and set(ids[-70:]) == {49407}
-        and max(ids) < bench.TEXT["vocab_size"]
-    )
+    assert len(ids) == 77 and ids[0] == 49406
+    assert set(ids[-70:]) == {49407} and max(ids) < bench.TEXT["vocab_size"]
     longest = words.decode(range(2000, 2017))  # a caption of max_length 20, the prompt's three less
     assert len(longest.split()) == 17 and len(text(longest).input_ids) <= 77
 
@@ -86,7 +66,8 @@ with torch.no_grad():
     purified = defense.purify(x, keys=keys)
 grad = bench.bpda_step(defense, 1, 1)
 print(json.dumps({"low": purified.min().item(), "high": purified.max().item(), "shape": list(purified.shape),
-                  "logits": defense.classify(purified).isfinite().all().item(), "gradient": grad.abs().sum().item(),
+                  "logits": defense.classify(purified).isfinite().all().item(),
+                  "gradient": grad.abs().sum().item(),
                   "gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20}))
 """
 
@@ -105,7 +86,7 @@ def test_the_true_size_defence_purifies_and_takes_a_bpda_step_on_a_cpu(dtype):
     assert 0 < found["gradient"] < float("inf") and found["gib"] < 20
 
 
-def test_a_row_takes_the_place_of_its_equal_and_no_other(bench, row, tmp_path):
+def test_a_row_takes_the_place_of_its_equal_and_no_other(row, tmp_path):
     table = tmp_path / "speed.csv"
     for change in ({}, {"batch": 2}, {"batch": 1, "images_per_second": 7}):
         bench.write_row(table, row | change)
@@ -117,7 +98,7 @@ def test_a_row_takes_the_place_of_its_equal_and_no_other(bench, row, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["speed.csv"]
 
 
-def test_a_row_that_cannot_be_written_leaves_the_table_as_it_was(bench, row, tmp_path, monkeypatch):
+def test_a_row_that_cannot_be_written_leaves_the_table_as_it_was(row, tmp_path, monkeypatch):
     table = tmp_path / "speed.csv"
     bench.write_row(table, row)
     before = table.read_bytes()
@@ -132,7 +113,7 @@ def test_a_row_that_cannot_be_written_leaves_the_table_as_it_was(bench, row, tmp
     assert table.read_bytes() == before
 
 
-def test_a_measurement_counts_the_operations_of_one_draw_backward_pass_included(bench):
+def test_a_measurement_counts_the_operations_of_one_draw_backward_pass_included():
     layer = torch.nn.Linear(8, 4, bias=False).requires_grad_(False)
 
     def step(batch):
@@ -151,7 +132,7 @@ def test_a_measurement_counts_the_operations_of_one_draw_backward_pass_included(
 
 
 @pytest.mark.parametrize("room, largest", [(0, 0), (1, 1), (5, 4), (8, 8)])
-def test_the_batch_doubles_until_memory_is_full(bench, room, largest):
+def test_the_batch_doubles_until_memory_is_full(room, largest):
     def step(batch):
         if batch > room:
             raise torch.OutOfMemoryError("full")
@@ -170,7 +151,7 @@ def test_the_batch_doubles_until_memory_is_full(bench, room, largest):
         ("--peak-tflops -1", "expected a positive number"),
     ],
 )
-def test_nonsense_is_refused_in_one_sentence(bench, monkeypatch, capsys, request_, words):
+def test_nonsense_is_refused_in_one_sentence(monkeypatch, capsys, request_, words):
     monkeypatch.setattr(sys, "argv", ["bench.py", *request_.split()])
     with pytest.raises(SystemExit):
         bench.arguments()
