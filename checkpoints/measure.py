@@ -69,8 +69,8 @@ def _flags(
         batch, y, keys = x[rows].to(device), images.labels[rows], Keys(images.indices[rows], profile.seed)
         trip = defense.purifier.decode(defense.purifier.encode(batch, keys))
         captions = defense.caption(batch)
-        told = [true_captions[i] for i in rows.tolist()]
-        purified = [defense.purify(batch, words, keys) for words in (captions, told)]
+        true = [true_captions[i] for i in rows.tolist()]
+        purified = [defense.purify(batch, texts, keys) for texts in (captions, true)]
         for name, seen in zip(COUNTED, (batch, trip, *purified)):
             flags[name] += (defense.classify(seen).argmax(1).cpu() == y).tolist()
         for caption, label in zip(captions, y.tolist()):

@@ -31,7 +31,7 @@ from .rows import differences
 
 
 def row_configuration(profile: Profile) -> dict[str, Any]:
-    """What rows depend on beside the defence, the attack and the images."""
+    """What rows depend on besides the defence, the attack and the images."""
     return {"dataset": profile.dataset}
 
 

@@ -216,12 +216,8 @@ REASONS = [
     ("5xx", "the server is out of order", "try again later"),
     ("HTTP", "the server refuses", "try again later"),
     ("ConnectError NetworkError URLError ConnectionError", "it cannot be reached", PROXY),
-    ("ENOSPC EDQUOT EFBIG", "the disk is full ({})", "make room, or set LGAP_CACHE to another folder"),
-    (
-        "EACCES EPERM EROFS ENOTDIR EEXIST",
-        "it cannot be written there ({})",
-        "set LGAP_CACHE to another folder",
-    ),
+    ("ENOSPC EDQUOT EFBIG", "the disk is full ({})", "make room, or choose another LGAP_CACHE"),
+    ("EACCES EPERM EROFS ENOTDIR EEXIST", "it cannot be written there ({})", "choose another LGAP_CACHE"),
     ("inconsistent", "what came is not as long as was announced", "try again"),
 ]
 

@@ -79,8 +79,8 @@ class Captioner(nn.Module):
         configs = (self.model.config, self.model.generation_config, self.processor.image_processor)
         network = digest([[type(self.model).__name__], *map(config_digest, configs)])
         tokenizer = tokenizer_digest(self.processor.tokenizer)
-        told = {"name": "BLIP", "prompt": self.prompt, **self.search}
-        return told | {"network and processor": network, "tokenizer": tokenizer}
+        search = {"name": "BLIP", "prompt": self.prompt, **self.search}
+        return search | {"network and processor": network, "tokenizer": tokenizer}
 
     def pixel_values(self, x: Tensor) -> Tensor:
         """The processor's resize and normalisation, without its division by 255: x is in [0, 1] already."""

@@ -55,7 +55,7 @@ OPTIMIZERS = {
 
 @dataclass(frozen=True)
 class Settings:
-    """What the result of `fit` depends on, beside the model and its loss."""
+    """What the result of `fit` depends on, besides the model and its loss."""
 
     n_steps: int  # of the optimiser
     lr: float  # the highest learning rate
