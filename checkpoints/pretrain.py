@@ -189,10 +189,10 @@ def train_vae(
     """Train an autoencoder on pixels: squared and absolute error, and a KL term that bounds the latents.
 
     noise: standard deviation of the normal noise that a latent of unit variance must survive. That of a
-    diffusion time is sqrt(1 / alpha_bar - 1). Half of each batch is decoded after the noise. Convolutions
-    that are thrown away clean it, so the encoder learns how much power each part of an image needs. calm:
-    weight of the squared distance by which normal noise of 8/255 in the image moves a latent of unit
-    variance. An attack has that much in each pixel. At the end `scaling_factor` is set for unit variance.
+    diffusion time is sqrt(1 / alpha_bar - 1). Half of each batch is decoded after the noise. Convolutions that
+    are thrown away clean it, so the encoder learns how much power each part of an image needs.
+    calm: weight of the squared distance by which normal noise of 8/255 in the image, as strong as an attack,
+    moves a latent of unit variance. At the end `scaling_factor` is set for unit variance.
     """
     device = next(vae.parameters()).device
     batches, pixels = Batches(len(images), batch_size, seed), images.pixels.to(device)
@@ -210,8 +210,8 @@ def train_vae(
         draw = normal(mode.shape, rng, device)
         half = len(x) // 2 if noise else 0
         if noise:
-            noisy = _through_noise(mode[:half], mode.std(), noise, draw[:half], cleaner)
-            z = torch.cat([noisy, mode[half:]])
+            spread = mode.std()  # first: the order fixes how gradients add up, to the last bit
+            z = torch.cat([_through_noise(mode[:half], spread, noise, draw[:half], cleaner), mode[half:]])
         else:
             z = mode + posterior.std * draw
         error = (vae.decode(z).sample - x).float()
