@@ -189,10 +189,10 @@ def train_vae(
     """Train an autoencoder on pixels: squared and absolute error, and a KL term that bounds the latents.
 
     noise: standard deviation of the normal noise that a latent of unit variance must survive. That of a
-    diffusion time is sqrt(1 / alpha_bar - 1). Half of each batch is decoded after the noise. Convolutions that
-    are thrown away clean it, so the encoder learns how much power each part of an image needs.
-    calm: weight of the squared distance by which normal noise of 8/255 in the image, as strong as an attack,
-    moves a latent of unit variance. At the end `scaling_factor` is set for unit variance.
+    diffusion time is sqrt(1 / alpha_bar - 1). Half of each batch is decoded after the noise. Convolutions
+    that are thrown away clean it, so the encoder learns how much power each part of an image needs. calm:
+    weight of the squared distance by which normal noise of 8/255 in the image, as strong as an attack, moves
+    a latent of unit variance. At the end `scaling_factor` is set for unit variance.
     """
     device = next(vae.parameters()).device
     batches, pixels = Batches(len(images), batch_size, seed), images.pixels.to(device)
