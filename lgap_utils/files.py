@@ -1,8 +1,4 @@
-"""Files that models come from, each checked before anything opens it: local folders, the hub at a fixed revision, single downloads.
-
-What is expected of a download is in the lock file: {source: {file: {"sha256", "size"}}}. A digest that is not known there is recorded
-on first use, once the model has loaded whole, and checked ever after. Nothing here needs torch.
-"""
+"""Model folders and their checksums, whole writes, and one writer a folder. Nothing here needs torch."""
 
 from __future__ import annotations
 
@@ -12,59 +8,64 @@ import functools
 import hashlib
 import os
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
+
+from filelock import BaseFileLock, FileLock, Timeout
 
 from .profiles import ROOT, cache_root
 
 
 class CheckpointError(RuntimeError):
-    """A model that is missing, damaged or not what it should be; the message says which, and what to do."""
+    """A model is missing, damaged or of another kind. The message names it and the remedy."""
 
 
-# ---------------------------------------------------------------- folders
+def downloads() -> Path:
+    """The folder of downloads that do not come from the hub: $LGAP_CACHE, else data/ in the checkout."""
+    return Path(cache_root() or ROOT / "data")
 
 
-def locate(name):
-    """The folder that `name` stands for, seen from here, from the checkout or from $LGAP_CACHE, or None where it is a hub id."""
+def locate(name: str) -> Path | None:
+    """The folder of a model, looked up here, in the checkout and in $LGAP_CACHE; None for a hub id.
+
+    Raises CheckpointError for a path that does not exist.
+    """
     for folder in (Path(name).expanduser(), ROOT / name, downloads() / name):
         if folder.is_dir():
             return folder.resolve()
     if Path(name).is_absolute() or name.startswith(("checkpoints/", ".", "~")):
-        raise CheckpointError(
-            f"{name}: no such folder; models that are made here are made by `python checkpoints/make.py PROFILE`"
-        )
+        raise CheckpointError(f"{name}: no such folder; `python checkpoints/make.py PROFILE` makes ours")
     return None
 
 
-def sha256(path):
+def sha256(path: str | Path) -> str:
     """Hex digest of a file."""
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def write_checksums(folder):
-    """`SHA256SUMS` of every file below `folder` that a model is loaded from, in the format `sha256sum -c` reads."""
-    files = sorted(
-        p for p in Path(folder).rglob("*") if p.is_file() and p.suffix in (".json", ".safetensors", ".txt")
-    )
-    (Path(folder) / "SHA256SUMS").write_text(
-        "".join(f"{sha256(p)}  {p.relative_to(folder).as_posix()}\n" for p in files)
-    )
+def write_checksums(folder: str | Path) -> None:
+    """Write `SHA256SUMS` of every model file below `folder`, in the format that `sha256sum -c` reads."""
+    folder = Path(folder)
+    files = [p for p in sorted(folder.rglob("*")) if p.suffix in (".json", ".safetensors", ".txt")]
+    lines = [f"{sha256(p)}  {p.relative_to(folder).as_posix()}\n" for p in files if p.is_file()]
+    (folder / "SHA256SUMS").write_text("".join(lines))
 
 
-def verify(folder, again="restore it from the repository, or make it again", digest=True):
-    """Check `folder` against the SHA256SUMS in it or in the folder above; {file: digest} of what was checked.
+def verify(
+    folder: str | Path, again: str = "restore it from the repository, or make it again", digest: bool = True
+) -> dict[str, str]:
+    """Check a folder against the SHA256SUMS in it or in its parent; returns {file: digest} of all checked.
 
-    safetensors with a flipped byte load without complaint, so this is the only thing that notices. A user's own folder
-    without a SHA256SUMS is taken as it is: the result is empty.
-
-    again: what to do about a bad file, for the message. digest: False asks only whether all that is listed is there.
+    Only this notices a flipped byte: safetensors loads one without complaint. A user's own folder without a
+    SHA256SUMS passes, and the result is empty. again: the remedy for a bad file, for the message.
+    digest: False only checks that all files are there. Raises CheckpointError.
     """
     folder = Path(folder)
     sums = next((p for p in (folder / "SHA256SUMS", folder.parent / "SHA256SUMS") if p.is_file()), None)
     if sums is None:
         return {}
-    found = {}
+    checked = {}
     for line in sums.read_text().splitlines():
         expected, _, name = line.partition("  ")
         if not (len(expected) == 64 and name):
@@ -74,23 +75,23 @@ def verify(folder, again="restore it from the repository, or make it again", dig
             continue
         if not path.is_file():
             raise CheckpointError(f"{path} is missing, expected sha256 {expected[:16]}...; {again}")
-        if digest and (seen := sha256(path)) != expected:
-            raise CheckpointError(
-                f"{path} is damaged: sha256 {seen[:16]}..., expected {expected[:16]}...; {again}"
-            )
-        found[name] = expected
-    if not found and sums.parent == folder:
+        actual = sha256(path) if digest else expected
+        if actual != expected:
+            difference = f"sha256 {actual[:16]}..., expected {expected[:16]}..."
+            raise CheckpointError(f"{path} is damaged: {difference}; {again}")
+        checked[name] = expected
+    if not checked and sums.parent == folder:
         raise CheckpointError(f"{sums} lists no file; {again}")
-    return found
+    return checked
 
 
-def temporary_path(path):
-    """A name beside `path` that no other writer has, in this process, another one or on another machine."""
+def temporary_path(path: Path) -> Path:
+    """A path beside `path` that no other thread, process or machine uses."""
     return path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.part")
 
 
-def write_whole(path, data):
-    """Write bytes so that a reader sees the old file or the new one, whatever happens in between."""
+def write_whole(path: Path, data: bytes | memoryview) -> None:
+    """Write a file atomically: a reader sees the old file or the new one. Raises OSError."""
     part = temporary_path(path)
     try:
         with open(part, "wb") as f:
@@ -99,28 +100,25 @@ def write_whole(path, data):
             os.fsync(f.fileno())
         os.replace(part, path)
     except OSError as error:
-        with contextlib.suppress(OSError):  # a read-only disk does not even say that it is not there
+        with contextlib.suppress(OSError):  # a read-only disk refuses this, too
             part.unlink(missing_ok=True)
-        raise OSError(
-            error.errno, f"{path} could not be written ({error.strerror}); what lay there before is untouched"
-        ) from error
+        message = f"{path} could not be written ({error.strerror}); what lay there before is untouched"
+        raise OSError(error.errno, message) from error
 
 
-# ---------------------------------------------------------------- one writer a folder
-
-# what a file system answers that has no locks, as NFS and Lustre can
+# What NFS and Lustre answer where they have no locks.
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
 @contextlib.contextmanager
-def folder_lock(folder, wait=False):
-    """Keep `folder` for the thread that asks, which may ask again; it is made where it is not there.
+def folder_lock(folder: str | Path, wait: bool = False) -> Iterator[None]:
+    """Hold the only right to write into `folder`, which is created if need be. A thread may take it twice.
 
-    The system drops the lock with the process, however that ends. wait: wait for another writer, and say so.
-    Raises BlockingIOError where another writes into it and `wait` is false, and OSError where nothing can be
-    written. On a file system without locks it says so once and goes on.
+    The system drops the lock when the process ends, however it ends. wait: wait for another writer.
+    Raises BlockingIOError for another writer if `wait` is false, and OSError for a folder that cannot be
+    written. A file system without locks is announced once and used without.
     """
-    lock = _take(Path(folder), wait)
+    lock = _acquire(Path(folder), wait)
     try:
         yield
     finally:
@@ -128,10 +126,8 @@ def folder_lock(folder, wait=False):
             lock.release()
 
 
-def _take(folder, wait):
-    """The lock of `folder`, held, or None where its file system has none."""
-    from filelock import FileLock, Timeout
-
+def _acquire(folder: Path, wait: bool) -> BaseFileLock | None:
+    """The lock of `folder`, held; None where the file system has no locks."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / ".lock", is_singleton=True, fallback_to_soft=False)
@@ -144,27 +140,16 @@ def _take(folder, wait):
             lock.acquire()
         return lock
     except Timeout:
-        raise BlockingIOError(
-            f"another process writes into {folder}; wait for it, or choose another folder with LGAP_OUTPUTS"
-        ) from None
+        remedy = "wait for it, or choose another folder with LGAP_OUTPUTS"
+        raise BlockingIOError(f"another process writes into {folder}; {remedy}") from None
     except (OSError, NotImplementedError) as error:
         if isinstance(error, NotImplementedError) or error.errno in NO_LOCKS:
-            _say_once(
-                "this file system has no locks, so nothing keeps two runs apart; "
-                "start one at a time in a folder"
-            )
+            _say_once("this file system has no locks; start only one run at a time in a folder")
             return None
-        raise OSError(
-            error.errno,
-            f"{folder} cannot be written into ({error.strerror}); choose another folder with LGAP_OUTPUTS",
-        ) from error
+        message = f"{folder} cannot be written into ({error.strerror})"
+        raise OSError(error.errno, f"{message}; choose another folder with LGAP_OUTPUTS") from error
 
 
 @functools.cache
-def _say_once(line):
+def _say_once(line: str) -> None:
     print(line, flush=True)
-
-
-def downloads():
-    """Where files go that are not the hub's: below $LGAP_CACHE, else data/ in the checkout."""
-    return Path(cache_root() or ROOT / "data")

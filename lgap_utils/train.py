@@ -1,20 +1,23 @@
-"""Training: the classifier's fine-tuning (paper section 3.2) and what makes the bundled checkpoints.
+"""Training: the classifier's fine-tuning (paper section 3.2), and the loop that makes the bundled models too.
 
-Everything runs through one loop, `fit`: a fixed number of steps, each drawing its batch and its noise from
-(seed, step) alone, so that a killed run goes on exactly where its last checkpoint was.
+Each step of `fit` draws its batch and its noise from (seed, step) alone, so a killed run resumes exactly.
 """
 
 from __future__ import annotations
 
-import csv
+import dataclasses
 import hashlib
 import io
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import pandas as pd
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .checks import check_labels
@@ -23,189 +26,179 @@ from .identity import state_digest
 from .noise import generator, seed_of
 
 
-def one_cycle(step, n_steps, warmup=0.1):
-    """Learning-rate factor in [0, 1]: linear up over the first `warmup` of the steps, then a cosine down to 0."""
+def one_cycle(step: int, n_steps: int, warmup: float = 0.1) -> float:
+    """Learning-rate factor: linear up to 1 over the share `warmup` of the steps, then a cosine down to 0."""
     rise = max(1, int(warmup * n_steps))
     if step < rise:
         return (step + 1) / rise
     return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, n_steps - rise)))
 
 
-def steps(step, n_steps, warmup=None):
-    """Learning-rate factor 1, times 0.2 after 30, 60 and 80 % of the steps: at epochs 60, 120 and 160 of 200."""
+def steps(step: int, n_steps: int, warmup: float | None = None) -> float:
+    """Learning-rate factor 1, times 0.2 after 30, 60 and 80 % of the steps."""
     return 0.2 ** sum(10 * step >= tenths * n_steps for tenths in (3, 6, 8))
 
 
-def constant(step, n_steps, warmup):
-    """Learning-rate factor 1 throughout."""
+def constant(step: int, n_steps: int, warmup: float) -> float:
+    """Learning-rate factor 1."""
     return 1.0
 
 
 SCHEDULES = {f.__name__: f for f in (one_cycle, steps, constant)}
 
+OPTIMIZERS = {
+    "adam": lambda params, s: torch.optim.Adam(params, s.lr, weight_decay=s.weight_decay),
+    "adamw": lambda params, s: torch.optim.AdamW(params, s.lr, weight_decay=s.weight_decay),
+    "sgd": lambda params, s: torch.optim.SGD(params, s.lr, 0.9, 0, s.weight_decay, s.nesterov),
+}
 
-def save_atomically(obj, path):
-    """`torch.save` that leaves either the old file or the new one, never half of one."""
-    buffer = io.BytesIO()
-    torch.save(obj, buffer)
-    write_whole(Path(path), buffer.getbuffer())
+
+@dataclass(frozen=True)
+class Settings:
+    """What the result of `fit` depends on, besides the model and its loss."""
+
+    n_steps: int  # of the optimiser
+    lr: float  # the highest learning rate
+    seed: int = 0
+    optimizer: str = "adamw"  # or "adam", or "sgd" with momentum 0.9
+    nesterov: bool = True  # for sgd
+    weight_decay: float = 0.0
+    warmup: float = 0.1  # share of the steps over which `one_cycle` rises
+    schedule: str = "one_cycle"  # of SCHEDULES
+    bf16: bool = False  # autocast the forward pass
+    clip: float | None = None  # the largest norm of the gradient
+    ema: float | None = None  # decay of a moving average of the parameters, which replaces them at the end
+    data: Any = None  # what else the result depends on, as plain data
+
+
+class _Run:
+    """The model in training, with all that a state file holds of it."""
+
+    def __init__(self, model: nn.Module, settings: Settings, folder: Path):
+        self.model, self.settings, self.folder = model, settings, folder
+        self.params = [p for p in model.parameters() if p.requires_grad]
+        if settings.optimizer not in OPTIMIZERS:
+            raise ValueError(f"no optimizer {settings.optimizer!r}; choose from {sorted(OPTIMIZERS)}")
+        self.optimizer = OPTIMIZERS[settings.optimizer](self.params, settings)
+        self.average = [p.detach().clone() for p in self.params] if settings.ema else []
+        self.n_done, self.rows = 0, []
+        n_parameters = sum(p.numel() for p in self.params)
+        self.config = dataclasses.asdict(settings) | {"parameters": n_parameters}
+
+    def resume(self) -> None:
+        """Continue from the state file, if there is one. Raises ValueError for that of another run."""
+        file = self.folder / "state.pt"
+        if not file.exists():
+            return
+        try:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch raises many kinds
+            problem = f"{file} cannot be read ({type(error).__name__})"
+            raise ValueError(f"{problem}; move it away to start anew") from error
+        saved = state["config"]
+        if saved != self.config:
+            changed = {k: (saved.get(k), v) for k, v in self.config.items() if saved.get(k) != v}
+            problem = f"{file} belongs to another run, (there, here): {changed}"
+            raise ValueError(f"{problem}; move it away to start anew")
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["opt"])
+        self.n_done, self.rows = state["step"], state["rows"]
+        for average, value in zip(self.average, state["average"]):
+            average.copy_(value)
+
+    def save(self) -> None:
+        """Write the state file and log.csv."""
+        state = {"model": self.model.state_dict(), "opt": self.optimizer.state_dict(), "step": self.n_done}
+        state |= {"rows": self.rows, "average": self.average, "config": self.config}
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        write_whole(self.folder / "state.pt", buffer.getbuffer())
+        write_whole(self.folder / "log.csv", pd.DataFrame(self.rows).to_csv(index=False).encode())
+
+    def step(self, loss_of: Callable) -> tuple[Tensor, dict]:
+        """One step of the optimiser; returns what `loss_of` does, as (loss, numbers to log)."""
+        step, s = self.n_done, self.settings
+        for group in self.optimizer.param_groups:
+            group["lr"] = s.lr * SCHEDULES[s.schedule](step, s.n_steps, s.warmup)
+        torch.manual_seed(seed_of(s.seed, step, "layers"))  # dropout draws from it
+        with torch.autocast(self.params[0].device.type, torch.bfloat16, enabled=s.bf16):
+            out = loss_of(step, generator(s.seed, step, "train"))
+        loss, numbers = out if isinstance(out, tuple) else (out, {})
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        if s.clip:
+            nn.utils.clip_grad_norm_(self.params, s.clip)
+        self.optimizer.step()
+        if s.ema:
+            decay = min(s.ema, (step + 1) / (step + 10))
+            current = [p.detach() for p in self.params]
+            torch._foreach_lerp_(self.average, current, 1 - decay)  # pyright: ignore  # has no public name
+        self.n_done += 1
+        return loss, numbers
+
+    def log(self, loss: Tensor, numbers: dict, measure: Callable | None) -> None:
+        """Add a row about the last step. Raises ValueError for a loss that is not finite."""
+        step = self.n_done - 1
+        if not math.isfinite(loss.item()):
+            raise ValueError(
+                f"{self.folder.name}: loss {loss.item()} at step {step}; lower the learning rate"
+            )
+        if measure:
+            self.model.eval()
+            numbers = numbers | measure()
+            self.model.train()
+        numbers = {name: float(torch.as_tensor(value).detach()) for name, value in numbers.items()}
+        lr = self.optimizer.param_groups[0]["lr"]
+        self.rows.append({"step": step, "lr": lr, "loss": loss.item(), **numbers})
 
 
 def fit(
-    model,
-    loss_of,
+    model: nn.Module,
+    loss_of: Callable,
+    settings: Settings,
+    folder: str | Path,
     *,
-    n_steps,
-    lr,
-    folder,
-    seed=0,
-    optimizer="adamw",
-    nesterov=True,
-    weight_decay=0.0,
-    warmup=0.1,
-    schedule=one_cycle,
-    bf16=False,
-    clip=None,
-    ema=None,
-    save_every=250,
-    log_every=50,
-    measure=None,
-    title=None,
-    data=None,
-):
-    """Train `model` in place for `n_steps` optimiser steps; resume from `folder/state.pt` if it is there.
+    save_every: int = 250,
+    log_every: int = 50,
+    measure: Callable[[], dict] | None = None,
+) -> list[dict]:
+    """Train `model` in place, from `folder/state.pt` on if it is there; returns the rows of `folder/log.csv`.
 
-    loss_of(step, rng) -> scalar loss, or (loss, {name: number}) to log; `rng` is a CPU torch.Generator that depends
-    on (seed, step) alone, and so does the global generator, which dropout draws from. optimizer: "adamw", "adam" or "sgd"
-    (momentum 0.9, Nesterov's unless switched off). bf16: autocast the forward pass to it. ema: decay of an exponential
-    moving average of the parameters, which replaces them at the end. measure() -> {name: number} is called in evaluation
-    mode at each logged step. Writes `folder/log.csv` (step, lr, loss, ...), which is also what is returned.
-    data: what else the result depends on. Raises ValueError if the folder holds a run of another length, seed or data, or one
-    whose loss is not finite.
+    loss_of(step, rng): the scalar loss, or (loss, {name: number to log}); `rng` is a CPU generator.
+    measure() -> {name: number}: called in evaluation mode at each logged step. A row has step, lr, loss and
+    these numbers. Raises ValueError for a state file of other settings, and for a loss that is not finite.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    params = [p for p in model.parameters() if p.requires_grad]
-    make = {
-        "adamw": lambda: torch.optim.AdamW(params, lr=lr, weight_decay=weight_decay),
-        "adam": lambda: torch.optim.Adam(params, lr=lr, weight_decay=weight_decay),
-        "sgd": lambda: torch.optim.SGD(
-            params, lr=lr, weight_decay=weight_decay, momentum=0.9, nesterov=nesterov
-        ),
-    }
-    if optimizer not in make:
-        raise ValueError(f"no optimizer {optimizer!r}; choose from {sorted(make)}")
-    opt = make[optimizer]()
-    average = [p.detach().clone() for p in params] if ema else []
-    rows, start, state_file = [], 0, folder / "state.pt"
-    config = {
-        "n_steps": n_steps,
-        "lr": lr,
-        "seed": seed,
-        "optimizer": optimizer,
-        "nesterov": nesterov,
-        "weight_decay": weight_decay,
-        "warmup": warmup,
-        "schedule": schedule.__name__,
-        "bf16": bf16,
-        "clip": clip,
-        "ema": ema,
-        "data": data,
-        "parameters": sum(p.numel() for p in params),
-    }
-    if state_file.exists():
-        try:
-            state = torch.load(state_file, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch raises many kinds; all mean the same to the user
-            raise ValueError(
-                f"{state_file} cannot be read ({type(error).__name__}); move it away to start anew"
-            ) from error
-        if state["config"] != config:
-            changed = {
-                k: (state["config"].get(k), v) for k, v in config.items() if state["config"].get(k) != v
-            }
-            raise ValueError(
-                f"{state_file} belongs to another run, (there, here): {changed}; move it away to start anew"
-            )
-        model.load_state_dict(state["model"])
-        opt.load_state_dict(state["opt"])
-        start, rows = state["step"], state["rows"]
-        for a, saved in zip(average, state["average"]):
-            a.copy_(saved)
-
-    def save(step):
-        save_atomically(
-            {
-                "model": model.state_dict(),
-                "opt": opt.state_dict(),
-                "step": step,
-                "rows": rows,
-                "average": average,
-                "config": config,
-            },
-            state_file,
-        )
-        if rows:
-            table = io.StringIO(newline="")
-            writer = csv.DictWriter(table, fieldnames=list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
-            write_whole(folder / "log.csv", table.getvalue().encode())
-
+    run = _Run(model, settings, folder)
+    run.resume()
     model.train()
-    bar = tqdm(range(start, n_steps), initial=start, total=n_steps, desc=title or folder.name, mininterval=5)
+    n = settings.n_steps
+    bar = tqdm(range(run.n_done, n), initial=run.n_done, total=n, desc=folder.name, mininterval=5)
     for step in bar:
-        for group in opt.param_groups:
-            group["lr"] = lr * schedule(step, n_steps, warmup)
-        torch.manual_seed(seed_of(seed, step, "layers"))
-        with torch.autocast(params[0].device.type, torch.bfloat16, enabled=bf16):
-            out = loss_of(step, generator(seed, step, "train"))
-        loss, extra = out if isinstance(out, tuple) else (out, {})
-        opt.zero_grad(set_to_none=True)
-        loss.backward()
-        if clip:
-            nn.utils.clip_grad_norm_(params, clip)
-        opt.step()
-        if ema:
-            decay = min(ema, (step + 1) / (step + 10))
-            torch._foreach_lerp_(average, [p.detach() for p in params], 1 - decay)
-        if step % log_every == 0 or step == n_steps - 1:
-            if not math.isfinite(loss.item()):
-                raise ValueError(f"{folder.name}: loss {loss.item()} at step {step}; lower the learning rate")
-            if measure:
-                model.eval()
-                extra = {**extra, **measure()}
-                model.train()
-            rows.append(
-                {
-                    "step": step,
-                    "lr": opt.param_groups[0]["lr"],
-                    "loss": loss.item(),
-                    **{k: float(torch.as_tensor(v).detach()) for k, v in extra.items()},
-                }
-            )
-            bar.set_postfix(
-                {k: f"{v:.4g}" for k, v in rows[-1].items() if k not in ("step", "lr")}, refresh=False
-            )
-        if (step + 1) % save_every == 0 or step == n_steps - 1:
-            save(step + 1)
-    if ema:
-        with torch.no_grad():
-            for p, a in zip(params, average):
-                p.copy_(a)
+        loss, numbers = run.step(loss_of)
+        if step % log_every == 0 or step == n - 1:
+            run.log(loss, numbers, measure)
+            bar.set_postfix({k: f"{v:.4g}" for k, v in list(run.rows[-1].items())[2:]}, refresh=False)
+        if (step + 1) % save_every == 0 or step == n - 1:
+            run.save()
+    with torch.no_grad():
+        for p, average in zip(run.params, run.average):
+            p.copy_(average)
     model.eval()
-    return rows
+    return run.rows
 
 
 class Batches:
-    """Indices of the batch of each step: whole batches of images, none twice an epoch, in an order that depends on (seed, epoch) alone."""
+    """Indices of each step's batch; an epoch has whole batches only, in an order of (seed, epoch) alone."""
 
-    def __init__(self, n, batch_size, seed=0):
+    def __init__(self, n: int, batch_size: int, seed: int = 0):
         self.n, self.batch_size, self.seed = n, min(batch_size, n), seed
         self.per_epoch = n // self.batch_size
-        self._epoch, self._order = None, None
+        self._epoch, self._order = -1, torch.empty(0)
 
-    def __call__(self, step):
+    def __call__(self, step: int) -> Tensor:
+        """Indices [batch_size] of one step."""
         epoch, place = divmod(step, self.per_epoch)
         if epoch != self._epoch:
             self._epoch = epoch
@@ -213,10 +206,10 @@ class Batches:
         return self._order[place * self.batch_size : (place + 1) * self.batch_size]
 
 
-def crop_and_flip(x, rng, pad=4, padding="reflect"):
-    """CIFAR's usual augmentation, per image: pad by `pad`, crop at a random place, mirror half of them.
+def crop_and_flip(x: Tensor, rng: torch.Generator, pad: int = 4, padding: str = "reflect") -> Tensor:
+    """CIFAR's usual augmentation of images [n, 3, h, w]: a random window of the padded image, half mirrored.
 
-    padding: "reflect", or "constant" for black. x may lie on any device; which crop it gets depends on `rng` alone.
+    padding: "reflect", or "constant" for black. x may lie on any device; the windows depend on `rng` alone.
     """
     n, _, h, w = x.shape
     x = F.pad(x, (pad,) * 4, mode=padding)
@@ -227,83 +220,64 @@ def crop_and_flip(x, rng, pad=4, padding="reflect"):
     return x[image, :, top, left].permute(0, 3, 1, 2).contiguous()
 
 
-def hits(model, x, y, batch_size=250):
+def hits(model: Callable, x: Tensor, y: Tensor, batch_size: int = 250) -> Tensor:
     """Whether `model` labels each image as y: bool [n]."""
     with torch.no_grad():
         return torch.cat([model(part).argmax(1).cpu() for part in x.split(batch_size)]) == y
 
 
-def accuracy(model, x, y, batch_size=250):
-    """Share of images that `model` labels as y."""
+def accuracy(model: Callable, x: Tensor, y: Tensor, batch_size: int = 250) -> float:
+    """Share of the images that `model` labels as y, in [0, 1]."""
     return hits(model, x, y, batch_size).float().mean().item()
 
 
 def finetune(
-    net,
-    x,
-    y,
-    folder,
+    net: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    folder: str | Path,
     *,
-    epochs=15,
-    lr=1e-3,
-    batch_size=128,
-    schedule="constant",
-    augment=False,
-    x_val,
-    y_val,
-    seed=0,
-):
+    epochs: float = 15,
+    lr: float = 1e-3,
+    batch_size: int = 128,
+    schedule: str = "constant",
+    augment: bool = False,
+    x_val: Tensor,
+    y_val: Tensor,
+    seed: int = 0,
+) -> list[dict]:
     """Fine-tune `net` in place on purified training images (paper sections 3.2 and 4.1): Adam, cross-entropy.
 
-    x, x_val: purified images, uint8 [n, 3, h, w]; y, y_val: labels [n]. schedule: one of SCHEDULES, of the learning rate.
-    augment: crop at random, mirror half. Returns a row an epoch: epoch, loss, accuracy on the images at hand and on
-    (x_val, y_val), which must be no test images. Nothing is selected: the last weights count. Raises TypeError or ValueError
-    where images and labels do not belong together.
+    x, x_val: purified images, uint8 [n, 3, h, w]; y, y_val: labels [n]. schedule: one of SCHEDULES.
+    augment: crop and mirror at random. Returns a row an epoch: epoch, loss, and the accuracy on (x, y) and on
+    (x_val, y_val), which must be no test images. The last weights count; none are selected.
+    Raises TypeError or ValueError for images and labels that do not fit together.
     """
-    for what, images, labels in (("x", x, y), ("x_val", x_val, y_val)):
+    for name, images, labels in (("x", x, y), ("x_val", x_val, y_val)):
         if images.dtype != torch.uint8 or images.ndim != 4 or not len(images):
-            raise TypeError(
-                f"{what}: expected images as uint8 [n, 3, h, w], got {images.dtype} {list(images.shape)}"
-            )
+            shape = f"{images.dtype} {list(images.shape)}"
+            raise TypeError(f"{name}: expected images as uint8 [n, 3, h, w], got {shape}")
         check_labels(labels, len(images))
     device = next(net.parameters()).device
-    batches, begins_with = Batches(len(x), batch_size, seed), state_digest(net)
-    net.requires_grad_(True)
+    batches, n_val = Batches(len(x), batch_size, seed), len(x_val)
 
     def loss_of(step, rng):
-        # paper silent: all layers and the batch statistics train
         rows = batches(step)
         images = (x[rows].float() / 255).to(device)
         if augment:
             images = crop_and_flip(images, rng)
         out = net(images.contiguous(memory_format=torch.channels_last))
-        return F.cross_entropy(out, y[rows].to(device)), {}
+        return F.cross_entropy(out, y[rows].to(device))
 
     def measure():
-        return {
-            "train": accuracy(net, x[: len(x_val)].float().to(device) / 255, y[: len(x_val)]),
-            "validation": accuracy(net, x_val.float().to(device) / 255, y_val),
-        }
+        images = {"train": (x[:n_val], y[:n_val]), "validation": (x_val, y_val)}
+        return {name: accuracy(net, u.float().to(device) / 255, v) for name, (u, v) in images.items()}
 
-    rows = fit(
-        net,
-        loss_of,
-        n_steps=round(epochs * batches.per_epoch),
-        lr=lr,
-        folder=folder,
-        optimizer="adam",
-        schedule=SCHEDULES[schedule],
-        log_every=batches.per_epoch,
-        save_every=batches.per_epoch,
-        measure=measure,
-        seed=seed,
-        title="fine-tune",
-        data=[
-            hashlib.blake2b(x.numpy().tobytes() + y.numpy().tobytes(), digest_size=8).hexdigest(),
-            begins_with,
-            batch_size,
-            augment,
-        ],
-    )
+    n_steps, every = round(epochs * batches.per_epoch), batches.per_epoch
+    pixels = hashlib.blake2b(x.numpy().tobytes() + y.numpy().tobytes(), digest_size=8).hexdigest()
+    data = [pixels, state_digest(net), batch_size, augment]
+    settings = Settings(n_steps, lr, seed, optimizer="adam", schedule=schedule, data=data)
+    net.requires_grad_(True)  # paper silent: all layers and the batch statistics train
+    rows = fit(net, loss_of, settings, folder, save_every=every, log_every=every, measure=measure)
     net.requires_grad_(False)
     return [{"epoch": row["step"] / batches.per_epoch, **row} for row in rows]

@@ -1,4 +1,4 @@
-"""zoo."""
+"""RobustBench: its networks and its weights, which are checked before torch opens them."""
 
 from __future__ import annotations
 
@@ -6,33 +6,24 @@ import contextlib
 import os
 import shutil
 import sys
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
 from .files import CheckpointError, downloads, temporary_path
 from .hub import check_reachable, explain, offline, verify_file
+from .loading import Source, read_tensors
 
 
-def read_tensors(file, again):
-    """What a pickle of tensors holds; one that holds anything else is refused, as opening it could run code."""
-    try:
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except Exception:  # torch's own words advise to switch the protection off
-        raise CheckpointError(
-            f"{file} is refused: it is damaged, or holds more than tensors, which could run code "
-            f"as it is opened; {again}"
-        ) from None
+def import_robustbench() -> tuple[Any, Any]:
+    """(robustbench, its WideResNet). After this, `robustbench.benchmark` works with pyautoattack.
 
-
-# ---------------------------------------------------------------- classifier
-
-
-def import_robustbench():
-    """(robustbench, its WideResNet). robustbench 1.1.1 imports `autoattack` but depends on `pyautoattack`, the same code under its
-    new name and with other arguments: after this, `robustbench.benchmark` works with it."""
-    import warnings
-
+    robustbench 1.1.1 imports `autoattack` but depends on pyautoattack, whose arguments have other names.
+    """
     import pyautoattack
     import pyautoattack.state
 
@@ -43,22 +34,20 @@ def import_robustbench():
         import robustbench.eval
         import robustbench.utils
         from robustbench.model_zoo.architectures.wide_resnet import WideResNet
-    if (
-        getattr(robustbench.eval, "AutoAttack", None) is pyautoattack.AutoAttack
-    ):  # an installed torchattacks leaves none
-        robustbench.eval.AutoAttack = _benchmarks_autoattack(pyautoattack.AutoAttack)
+    # an installed torchattacks replaces robustbench.eval by one without AutoAttack
+    if getattr(robustbench.eval, "AutoAttack", None) is pyautoattack.AutoAttack:
+        robustbench.eval.AutoAttack = _with_benchmarks_arguments(pyautoattack.AutoAttack)
     return robustbench, WideResNet
 
 
-def _benchmarks_autoattack(base):
-    """AutoAttack with the arguments that `robustbench.benchmark` hands over; a `log_path` is refused, as no log is written."""
+def _with_benchmarks_arguments(base: Any) -> type:
+    """AutoAttack with the arguments of `robustbench.benchmark`. A `log_path` is refused."""
 
     class AutoAttack(base):
         def __init__(self, model, *, log_path=None, **settings):
             if log_path is not None:
-                raise ValueError(
-                    f"log_path={str(log_path)!r}: pyautoattack writes no log file; its logger is logging's 'auto-attack'"
-                )
+                logger = "pyautoattack writes no log file; its logger is logging's 'auto-attack'"
+                raise ValueError(f"log_path={str(log_path)!r}: {logger}")
             super().__init__(model, **settings)
 
         def run_standard_evaluation(self, x, y, *, bs=250, **settings):
@@ -67,100 +56,101 @@ def _benchmarks_autoattack(base):
     return AutoAttack
 
 
-def new_wide_resnet(depth, widen_factor, num_classes):
-    """RobustBench's WideResNet with random weights; it takes images in [0, 1] as they are."""
+def new_wide_resnet(depth: int, widen_factor: int, num_classes: int) -> nn.Module:
+    """RobustBench's WideResNet with random weights: images in [0, 1] -> logits [n, num_classes]."""
     return import_robustbench()[1](depth=depth, widen_factor=widen_factor, num_classes=num_classes)
 
 
-# ---------------------------------------------------------------- RobustBench's classifiers
+# The entry whose weights are torchvision's: RobustBench has no file of its own for it.
+TORCHVISIONS = ("imagenet", "Linf", "Standard_R50")
 
 
-def _zoo():
-    """{dataset: {threat model: {name: entry}}}, by their plain names."""
-    zoo = import_robustbench()[0].model_zoo.model_dicts
-    return {d.value: {t.value: entries for t, entries in threats.items()} for d, threats in zoo.items()}
+def _entries(dataset: str, threat: str) -> dict[str, dict]:
+    """{name: entry} of a data set and a threat model; empty where RobustBench has none."""
+    robustbench, _ = import_robustbench()
+    for known, threats in robustbench.model_zoo.model_dicts.items():
+        if known.value == dataset:
+            return {key.value: entries for key, entries in threats.items()}.get(threat, {})
+    return {}
 
 
-def robustbench_entry(name):
-    """("cifar10", "Linf", "Standard") of "robustbench:cifar10/Linf/Standard"; raises ValueError, with the choices, for an unknown one."""
+def robustbench_entry(name: str) -> tuple[str, str, str]:
+    """("cifar10", "Linf", "Standard") of "robustbench:cifar10/Linf/Standard", if known. Raises ValueError."""
     dataset, threat, model = (name.removeprefix("robustbench:").split("/") + ["", ""])[:3]
-    models = _zoo().get(dataset, {}).get(threat, {})
+    models = _entries(dataset, threat)
     if model not in models:
-        raise ValueError(
-            f"RobustBench has no {model!r} for {dataset!r} and {threat!r}; choose from {sorted(models) or sorted(_zoo())}"
-        )
+        choices = f"choose from {sorted(models)}" if models else "expected a name like cifar10/Linf/Standard"
+        raise ValueError(f"RobustBench has no {model!r} for {dataset!r} and {threat!r}; {choices}")
     return dataset, threat, model
 
 
-def robustbench_network(dataset, threat, model):
+def robustbench_network(dataset: str, threat: str, model: str) -> nn.Module:
     """The network of an entry, with random weights."""
-    if (dataset, model) == (
-        "imagenet",
-        "Standard_R50",
-    ):  # RobustBench's own would fetch torchvision's weights as it is built;
-        model = "Salman2020Do_R50"  # this is the same network, normalisation included
-    return _zoo()[dataset][threat][model]["model"]()
+    if (dataset, threat, model) == TORCHVISIONS:
+        model = "Salman2020Do_R50"  # the same network; that of the entry itself would fetch its weights
+    return _entries(dataset, threat)[model]["model"]()
 
 
-def robustbench_file(dataset, threat, model):
-    """Where the weights of an entry lie: in RobustBench's own layout, but for torchvision's ResNet-50, which has torch's cache."""
-    if (dataset, model) == ("imagenet", "Standard_R50"):
+def robustbench_file(dataset: str, threat: str, model: str) -> Path:
+    """Where the weights of an entry lie: in RobustBench's layout, or torchvision's in torch's cache."""
+    if (dataset, threat, model) == TORCHVISIONS:
         return Path(torch.hub.get_dir()) / "checkpoints" / "resnet50-0676ba61.pth"
     return downloads() / "robustbench" / dataset / threat / f"{model}.pt"
 
 
-def load_robustbench(dataset, threat, model, read):
-    """As robustbench.utils.load_model, but the file is checked before torch opens it, and opened with weights_only."""
-    file, source = robustbench_file(dataset, threat, model), f"{dataset}/{threat}/{model}.pt"
+def robustbench_page(dataset: str, threat: str, model: str) -> str:
+    """The page from which a browser gets the weights of an entry."""
+    if (dataset, threat, model) == TORCHVISIONS:
+        return "https://download.pytorch.org/models/resnet50-0676ba61.pth"
+    return f"https://drive.google.com/uc?id={_entries(dataset, threat)[model]['gdrive_id']}"
+
+
+def load_robustbench(dataset: str, threat: str, model: str, source: Source) -> nn.Module:
+    """`robustbench.utils.load_model`, from a checked file and with weights_only. Raises CheckpointError."""
+    file = robustbench_file(dataset, threat, model)
     page = robustbench_page(dataset, threat, model)
-    by_hand = f"put it there by hand ({page})"
+    entry, by_hand = f"{dataset}/{threat}/{model}.pt", f"put it there by hand ({page})"
     kept = file.is_file() or offline()
-    with contextlib.nullcontext(file) if kept else _fetched(file, page) as found:
-        again = f"fetch it again, or {by_hand}" if kept else f"try again, or {by_hand}, as {file}"
-        read.digests["robustbench"] = {source: verify_file(found, "robustbench", source, again, kept=kept)}
-        read.again = f"delete {file}, then {again}" if kept else again
-        saved = read_tensors(found, read.again)
+    again = f"fetch it again, or {by_hand}" if kept else f"try again, or {by_hand}, as {file}"
+    source.again = f"delete {file}, then {again}" if kept else again
+    with contextlib.nullcontext(file) if kept else _fetched(file, page) as path:
+        source.digests["robustbench"] = {entry: verify_file(path, "robustbench", entry, again, kept=kept)}
+        saved = read_tensors(path, source.again)
         net = robustbench_network(dataset, threat, model)
-        inner = net.model if dataset == "imagenet" and hasattr(net, "normalize") else net
-        _take(inner, saved["state_dict"] if "state_dict" in saved else saved)
+        inner: Any = net.model if dataset == "imagenet" and hasattr(net, "normalize") else net
+        _load_weights(inner, saved.get("state_dict", saved))
     return net
 
 
-def _take(net, weights):
-    """Load weights saved under DataParallel, or beside a normalisation, which is the network's own here; all must fit."""
-    weights = {k.removeprefix("module.").removeprefix("model."): v for k, v in dict(weights).items()}
-    ours = set(net.state_dict())
-    foreign = {
-        k for k in weights if k not in ours and k.split(".")[0] in ("normalize", "mu", "sigma", "normalizer")
-    }
-    net.load_state_dict({k: v for k, v in weights.items() if k not in foreign})
-
-
-def robustbench_page(dataset, threat, model):
-    """The page that a browser gets the file of an entry from."""
-    if (dataset, model) == ("imagenet", "Standard_R50"):
-        return "https://download.pytorch.org/models/resnet50-0676ba61.pth"
-    return f"https://drive.google.com/uc?id={_zoo()[dataset][threat][model]['gdrive_id']}"
+def _load_weights(net: nn.Module, saved: dict[str, Any]) -> None:
+    """Load weights saved under DataParallel, or with a normalisation, which the network has of its own."""
+    ours, weights = net.state_dict(), {}
+    for name, value in saved.items():
+        name = name.removeprefix("module.").removeprefix("model.")
+        if name in ours or name.split(".")[0] not in ("normalize", "mu", "sigma", "normalizer"):
+            weights[name] = value
+    net.load_state_dict(weights)
 
 
 @contextlib.contextmanager
-def _fetched(file, page):
-    """`file` from a page, in a folder of its own: it takes its place only if all that is done with it goes well."""
+def _fetched(file: Path, page: str) -> Iterator[Path]:
+    """`file` under a temporary path, which becomes its own if the block ends well. Raises CheckpointError."""
     import gdown
 
-    part = temporary_path(file)
+    folder = temporary_path(file)
+    path = folder / file.name
     try:
         try:
-            part.mkdir(parents=True)
+            folder.mkdir(parents=True)
             check_reachable(page)
-            gdown.download(url=page, output=str(part / file.name), quiet=False)
+            gdown.download(url=page, output=str(path), quiet=False)
         except Exception as error:  # of the system, the hub's client, gdown and requests
             cause, remedy = explain(error)
+            remedy = f"{remedy}, or get it with a browser and put it at {file}"
             raise CheckpointError(
-                f"{file.name} could not be fetched from {page}: {cause}; {remedy}, or get it with a "
-                f"browser and put it at {file}"
+                f"{file.name} could not be fetched from {page}: {cause}; {remedy}"
             ) from None
-        yield part / file.name
-        os.replace(part / file.name, file)
+        yield path
+        os.replace(path, file)
     finally:
-        shutil.rmtree(part, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)

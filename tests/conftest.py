@@ -1,11 +1,11 @@
-"""One small defence with random weights, made, saved and loaded as the bundled ones are. No test needs a network or a GPU."""
+"""One small defence with random weights, made as the bundled ones are. No test needs a network or a GPU."""
 
 import atexit
 import copy
-import importlib.util
 import os
 import re
 import shutil
+import socket
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -29,13 +29,13 @@ SIZES = {
 
 
 def pytest_make_parametrize_id(val):
-    """Plain settings are shown as they are written, less the addresses of objects: ids must be the same in every process."""
+    """Show plain settings as they are written, without the addresses of objects, which differ by process."""
     return re.sub(" at 0x[0-9a-f]+", "", str(val)) if type(val) in (dict, list, tuple) else None
 
 
 @pytest.fixture
 def quick(monkeypatch):
-    """AutoAttack's numbers made small; FAB, nine tenths of its time, is left out and takes no part in any flag."""
+    """AutoAttack's numbers made small; FAB, nine tenths of its time, is left out and sets no flag."""
     from pyautoattack.fab_base import FABAttack
 
     from lgap_utils import autoattack
@@ -49,11 +49,10 @@ def quick(monkeypatch):
 
 @pytest.fixture(scope="session")
 def make():
-    """checkpoints/make.py as a module."""
-    spec = importlib.util.spec_from_file_location("make_checkpoints", ROOT / "checkpoints" / "make.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    """checkpoints/make.py, which takes seconds to import."""
+    from checkpoints import make
+
+    return make
 
 
 @pytest.fixture(scope="session")
@@ -83,9 +82,8 @@ def profile(make, captions, tmp_path_factory):
     images = load_images("toy", "train", 8)
     for part, sizes in SIZES.items():
         torch.manual_seed(0)
-        make.PARTS[part](
-            profile, images, captions[:8], tmp_path_factory.mktemp(part), out, "cpu", **{"epochs": 0} | sizes
-        )
+        job = make.Job(profile, images, captions[:8], tmp_path_factory.mktemp(part), out, "cpu")
+        make.PARTS[part](job, **{"epochs": 0} | sizes)
     torch.manual_seed(0)
     captioner = make.new_captioner(captions, profile, "cpu", width=16, layers=1, text_layers=1)
     for weight in captioner.model.parameters():
@@ -133,9 +131,20 @@ def copied(unbroken, tmp_path):
 
 @pytest.fixture(scope="session")
 def exact(purifier):
-    """The purifier in float64, working at 16 x 16 and in a few steps, its colours too pale to reach the clamp."""
+    """The purifier in float64, at 16 x 16 and in a few steps, its colours too pale to reach the clamp."""
     double = copy.deepcopy(purifier).double()
     double.size, double.strength = 16, 0.1
     double.vae.decoder.conv_out.weight.data *= 0.1
     double.vae.decoder.conv_out.bias.data *= 0.1
     return double
+
+
+@pytest.fixture
+def own_cache(monkeypatch, tmp_path):
+    """A lock file and a cache of the test's own, and no network."""
+    (tmp_path / "lock.json").write_text("{}")
+    monkeypatch.setenv("LGAP_LOCK", str(tmp_path / "lock.json"))
+    monkeypatch.setenv("LGAP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(
+        socket.socket, "connect", lambda *_: pytest.fail("something tried to reach the network")
+    )

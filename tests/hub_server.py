@@ -1,4 +1,4 @@
-"""A model hub on the loopback, as far as huggingface_hub's client asks one; each fault that a real one shows can be switched on."""
+"""A model hub on the loopback for huggingface_hub's client. Each fault of a real one can be switched on."""
 
 import hashlib
 import json
@@ -32,20 +32,15 @@ REFUSALS = {
 
 
 class Hub:
-    """Serves folders as repositories, and `pages`, until it is closed; `asked` is what was requested, as "GET /path".
+    """Serves folders as repositories, and `pages`, until it is closed. `asked` lists requests: "GET /path".
 
-    faults: {pattern of a request as in `asked`: the name of a fault}; one of REFUSALS, "login page", "silent" (never answers), or of
-    a body "cut" at half, or with one bit "flipped".
+    faults: {pattern of a request as in `asked`: the name of a fault}. It is one of REFUSALS, "login page",
+    "silent" (no answer), "cut" (half of a body), or "flipped" (one bit of a body).
     """
 
     def __init__(self):
-        self.repositories, self.pages, self.faults, self.asked, self.closing = (
-            {},
-            {},
-            {},
-            [],
-            threading.Event(),
-        )
+        self.repositories, self.pages, self.faults, self.asked = {}, {}, {}, []
+        self.closing = threading.Event()
         handler = type("Handler", (_Handler,), {"hub": self})
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self.server.daemon_threads = True

@@ -13,7 +13,8 @@ import torch
 import torchvision
 from fake_data_sets import BLANK, both, cifars, encoded, equal, real, write_parquet
 
-from checkpoints.pretrain import PALETTE, pixel_caption
+from checkpoints.captions import PALETTE, pixel_caption
+from checkpoints.new_models import new_text_tokenizer
 from lgap_utils import data
 from lgap_utils.data import CIFAR10_CLASSES, CIFAR100_CLASSES, at_hand, load_images
 from lgap_utils.images import Images
@@ -432,7 +433,7 @@ def test_a_caption_from_pixels_names_the_class_and_fits(make):
     texts = [f"{SMALL.prompt} {caption}" for caption in captions]
     captioner = make.new_captioner(captions, SMALL, "cpu", width=16, layers=1, text_layers=1)
     assert max(len(ids) for ids in captioner.processor.tokenizer(texts).input_ids) <= SMALL.max_length
-    assert len(make.new_text_tokenizer(captions, SMALL.prompt, 32)(captions[0]).input_ids) < 32
+    assert len(new_text_tokenizer(captions, SMALL.prompt, 32)(captions[0]).input_ids) < 32
 
 
 def test_a_caption_from_pixels_says_what_is_there():

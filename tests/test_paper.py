@@ -1,4 +1,4 @@
-"""The profile `paper` as it stands, from a hub cache under the real names: all seven notebooks, offline, on a few real images."""
+"""The profile `paper` from a hub cache under the real names: all notebooks, offline, on a few images."""
 
 import json
 import os
@@ -8,7 +8,7 @@ import sys
 import nbformat
 import pytest
 import torch
-from stand_ins import in_cache, small_network
+from small_models import in_cache, small_network
 
 from lgap_utils import models, zoo
 from lgap_utils.profiles import PAPER, REVISIONS, ROOT, data_root
@@ -22,7 +22,8 @@ needs_data = pytest.mark.skipif(
 )
 
 # Runs in each kernel before its notebook.
-STARTUP = f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]; import stand_ins; stand_ins.install()"
+FOLDERS = [str(ROOT), str(ROOT / "tests")]
+STARTUP = f"import sys; sys.path[:0] = {FOLDERS!r}; import small_models; small_models.install()"
 SIZES = {
     "n_images": 2,
     "n_adaptive": 1,
@@ -45,7 +46,7 @@ def put(file, weights):
 
 @pytest.fixture
 def cache(make, captions, tmp_path, monkeypatch):
-    """A folder for LGAP_CACHE: small random models of the real classes where the paper profile looks for the real ones."""
+    """A folder for LGAP_CACHE: small random models where the profile `paper` looks for the real ones."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
     cache = tmp_path / "cache"
@@ -53,10 +54,8 @@ def cache(make, captions, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     torch.manual_seed(0)
 
-    blip, published = (
-        make.new_captioner(captions, PAPER, "cpu", width=16, layers=1, text_layers=1, patch=32),
-        tmp_path / "blip",
-    )
+    sizes = {"width": 16, "layers": 1, "text_layers": 1, "patch": 32}
+    blip, published = make.new_captioner(captions, PAPER, "cpu", **sizes), tmp_path / "blip"
     blip.model.save_pretrained(published)
     blip.processor.save_pretrained(published)
     (published / "model.safetensors").unlink()  # published as a pickle alone
@@ -89,21 +88,10 @@ def cache(make, captions, tmp_path, monkeypatch):
         getattr(purifier, part).half().save_pretrained(published / part, variant="fp16")
     purifier.tokenizer.save_pretrained(published / "tokenizer")
     (published / "scheduler").mkdir()
-    (published / "scheduler" / "scheduler_config.json").write_text(
-        json.dumps(
-            {
-                "_class_name": "PNDMScheduler",
-                "beta_start": 0.00085,
-                "beta_end": 0.012,
-                "beta_schedule": "scaled_linear",
-                "num_train_timesteps": 1000,
-                "set_alpha_to_one": False,
-                "skip_prk_steps": True,
-                "steps_offset": 1,
-                "clip_sample": False,
-            }
-        )
-    )
+    schedule = {"_class_name": "PNDMScheduler", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1}
+    schedule |= {"beta_schedule": "scaled_linear", "num_train_timesteps": 1000, "skip_prk_steps": True}
+    schedule |= {"set_alpha_to_one": False, "clip_sample": False}
+    (published / "scheduler" / "scheduler_config.json").write_text(json.dumps(schedule))
     in_cache(cache, PAPER.diffusion, REVISIONS[PAPER.diffusion], published)
 
     for dataset, names in {
@@ -128,7 +116,7 @@ def cache(make, captions, tmp_path, monkeypatch):
     }
     models.save_classifier(models.new_classifier(**config), folder, **config)
 
-    # the committed lock file, no digest known yet; today's libraries save tokenizers and processors in other files than the published ones
+    # The committed lock file without digests. Libraries of today save tokenizers in other files.
     other = ("special_tokens", "vocab", "tokenizer/", "preprocessor")
     lock = {
         source: {name: {"sha256": None, "size": None} for name in files if not name.startswith(other)}
@@ -142,7 +130,7 @@ def run_all(tmp_path, cache, *request, **environment):
     """`./run_all.sh` as it is, in a process of its own that has only this cache and these outputs."""
     startup = tmp_path / "ipython" / "profile_default" / "startup"
     startup.mkdir(parents=True, exist_ok=True)
-    (startup / "stand_ins.py").write_text(STARTUP)
+    (startup / "small_models.py").write_text(STARTUP)
     env = (
         os.environ
         | {
@@ -193,7 +181,7 @@ def test_all_seven_notebooks_of_paper_run_from_a_hub_cache(cache, tmp_path):
         "inside" in (out / "tables" / "04_table1.md").read_text()
         or "outside" in (out / "tables" / "04_table1.md").read_text()
     )
-    # the digest of each file that was read is known now, and one that changed is refused before anything starts to run
+    # The digest of each file is known now, and a file that changed is refused before anything starts to run.
     lock = json.loads((tmp_path / "lock.json").read_text())
     read = [lock[f"{name}@{REVISIONS[name]}"] for name in (PAPER.captioner, PAPER.diffusion)] + [
         lock["robustbench"]

@@ -1,7 +1,7 @@
-"""A pretended accelerator that has no float64 and no bfloat16. Run as a script: one defence moves there and purifies one image.
+"""A pretended accelerator without float64 and bfloat16. As a script, it purifies an image there.
 
-Its tensors say that they lie on the device "pretended" and are held by the CPU; an operation on tensors of both is refused, as a real
-device would. torch takes one such backend for the life of a process, so this is a process of its own.
+Its tensors claim to lie on the device "pretended", and the CPU holds them. An operation on tensors of both is
+refused, as on a real device. torch takes one such backend for the life of a process, so this is one of its own.
 """
 
 import sys
@@ -73,10 +73,8 @@ class Calls(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if (
-            func in (torch.tensor, torch.as_tensor)
-            and torch.device(kwargs.get("device") or "cpu").type == KIND
-        ):
+        device = torch.device(kwargs.get("device") or "cpu")
+        if func in (torch.tensor, torch.as_tensor) and device.type == KIND:
             return func(*args, **{**kwargs, "device": "cpu"}).to(KIND)
         if func in (torch.Tensor.tolist, torch.Tensor.numpy) and isinstance(args[0], There):
             return func(args[0].held)
@@ -97,10 +95,8 @@ def main():
     _setup_privateuseone_for_python_backend(KIND, module)
     settings = {"num_inference_steps": 3, "strength": 0.5, "num_beams": 2, "max_length": 8}
     profile = profiles.get_profile("toy", **settings)
-    here, x = (
-        models.load_defense(profile, device="cpu"),
-        torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(0)),
-    )
+    here = models.load_defense(profile, device="cpu")
+    x = torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(0))
     expected = here.purify_one(x)
     with Calls(), Dispatch():
         try:

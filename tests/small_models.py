@@ -1,4 +1,4 @@
-"""What stands in for the hub and for RobustBench's large networks where the profile `paper` is tested."""
+"""Small models in the layout of the hub's cache and of RobustBench, for tests of the profile `paper`."""
 
 import shutil
 import socket
@@ -9,7 +9,7 @@ from lgap_utils.files import sha256
 
 
 def in_cache(cache, repository, revision, folder):
-    """`folder` as huggingface_hub keeps a snapshot: blobs named by their digests, links to them, and a reference."""
+    """`folder` as huggingface_hub keeps a snapshot: blobs named by digest, links to them, and a reference."""
     root = Path(cache) / f"models--{repository.replace('/', '--')}"
     for file in (p for p in folder.rglob("*") if p.is_file()):
         link, blob = root / "snapshots" / revision / file.relative_to(folder), root / "blobs" / sha256(file)
@@ -23,7 +23,7 @@ def in_cache(cache, repository, revision, folder):
 
 
 def small_network(dataset, threat, model):
-    """A small network of the class that RobustBench's entry has; a WRN-28-10 or a ResNet-50 is too slow for a test."""
+    """A small network of the class of RobustBench's entry, as the real ones are too slow for a test."""
     if dataset == "cifar10":
         return zoo.new_wide_resnet(10, 1, 10)
     from torchvision.models.resnet import BasicBlock, ResNet
