@@ -10,8 +10,7 @@ import os
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-
-from filelock import BaseFileLock, FileLock, Timeout
+from typing import Any
 
 from .profiles import ROOT, cache_root
 
@@ -126,8 +125,10 @@ def folder_lock(folder: str | Path, wait: bool = False) -> Iterator[None]:
             lock.release()
 
 
-def _acquire(folder: Path, wait: bool) -> BaseFileLock | None:
+def _acquire(folder: Path, wait: bool) -> Any:
     """The lock of `folder`, held; None where the file system has no locks."""
+    from filelock import FileLock, Timeout  # here, as run_all.sh --help needs no package
+
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / ".lock", is_singleton=True, fallback_to_soft=False)
