@@ -82,10 +82,7 @@ class bpda(View):
 
 
 class full(View):
-    """White-box view: the exact gradient through resize, VAE, every denoising step and VAE again.
-
-    The caption is a choice of words and has no gradient; it is frozen, or chosen anew at every step.
-    """
+    """White-box view: the exact gradient through resize, VAE, every denoising step and VAE again."""
 
     def forward(self, x: Tensor, keys: Keys) -> Tensor:
         return self.defense.classify(self.purify(x, keys), keys)
@@ -124,8 +121,8 @@ class PGD:
         checks.check_choice("average", self.average, AVERAGES)
         checks.check_numbers(1, eps=self.eps, step_size=self.step_size)
         checks.check_counts(n_steps=self.n_steps, n_eot=self.n_eot, n_restarts=self.n_restarts)
-        checks.check_flags(random_start=self.random_start, any_step=self.any_step)
-        checks.check_flags(known_noise=self.known_noise)
+        flags = ("random_start", "any_step", "known_noise")
+        checks.check_flags(**{name: getattr(self, name) for name in flags})
 
     @property
     def n_looks(self) -> int:
@@ -144,12 +141,6 @@ class PGD:
         """The next iterate: a step along the gradient's sign, and back into the ball and into [0, 1]."""
         moved = adv + self.step_size * grad.nan_to_num(0, 0, 0).sign()
         return (x + (moved - x).clamp(-self.eps, self.eps)).clamp(0, 1)
-
-    def draws(self, keys: Keys, times: list[int]) -> Keys:
-        """The keys of one step: n_eot for each image, which is at its own time, image after image."""
-        if self.known_noise:
-            return keys.at([0] * len(keys), self.n_eot, "defence")
-        return keys.at(times, self.n_eot)
 
     def draws_per_call(self, n_images: int, most: int) -> int:
         """Draws in a call of the model; those of one image cannot be split if their logits are averaged."""
@@ -204,15 +195,16 @@ def pgd(
     checks.check_counts(batch_size=room.size)
     checks.check_images(x)
     checks.check_labels(y, len(x))
-    if keys is not None:
+    if keys is not None or isinstance(model, View):
         checks.check_keys(keys, len(x))
-    elif isinstance(model, View):
-        raise ValueError("keys: a view of a random defence draws noise; expected one key per image")
     y, adv, walks = y.to(x.device), p.start(x, keys), [Walk(row) for row in range(len(x))]
     while live := [walk for walk in walks if not walk.done]:
         batch = live[: max(1, room.size // p.n_eot)]
         rows = [walk.row for walk in batch]
-        draws = None if keys is None else p.draws(keys[rows], [walk.time for walk in batch])
+        times, stage = [walk.time for walk in batch], None
+        if p.known_noise:
+            times, stage = [0] * len(rows), "defence"
+        draws = None if keys is None else keys[rows].at(times, p.n_eot, stage)
         fits, result = room.attempt(
             lambda: gradient(model, adv[rows], y[rows], draws, p.n_eot, p.average, room.size, y),
             p.draws_per_call(len(rows), room.size),
@@ -258,9 +250,9 @@ def gradient(
 ) -> tuple[Tensor, list[bool]]:
     """Gradient of the cross-entropy at x [n, 3, h, w], and whether the mean logits of each image are right.
 
-    y: labels [n]. keys: n_eot for each image, image after image; a plain model has nothing to average. average:
-    one of AVERAGES. batch_size: draws of one image in a call. labels: those to check, if not y alone. Raises
-    ValueError for a label that is no class of the model.
+    y: labels [n]. keys: n_eot for each image, image after image; a plain model has nothing to average.
+    average: one of AVERAGES. batch_size: draws of one image in a call. labels: those to check, if not y
+    alone. Raises ValueError for a label that is no class of the model.
     """
     if not isinstance(model, View):
         n_eot = 1
@@ -271,7 +263,6 @@ def gradient(
     grad, logits = torch.zeros_like(x), torch.zeros((), device=x.device)
     for first in range(0, n_eot, group):
         n = min(group, n_eot - first)
-        # a vote needs the gradient of each draw, at a copy of the image for each
         leaf = (x.repeat_interleave(n, 0) if vote else x).detach().clone().requires_grad_(True)
         if isinstance(model, View) and keys is not None:
             part = [i for i in range(len(keys)) if first <= i % n_eot < first + n]

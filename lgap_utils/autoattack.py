@@ -21,8 +21,9 @@ from .noise import Keys, seed_of
 class Query(Frozen):
     """A `View` as a plain model: query(x) -> logits [n, classes]; each call draws noise of its own.
 
-    keys: one for each image of every call. An attack that drops images on its way gets one image at a time, with
-    a query of its own. n_draws: the logits are the mean over so many draws. Raises TypeError or ValueError.
+    keys: one for each image of every call. An attack that drops images on its way gets one image at a time,
+    with a query of its own. n_draws: the logits are the mean over so many draws. Raises TypeError or
+    ValueError.
     """
 
     def __init__(self, view: View, keys: Keys, n_draws: int = 1):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from . import checks
 from .identity import config_digest, digest, tokenizer_digest
-from .images import read_image, resize
+from .images import read_image, resize, vae_pixels
 from .noise import Keys
 from .profiles import check_whole, denoising_steps
 
@@ -33,10 +33,11 @@ Captions = Iterable[str] | None
 class LGAP(nn.Module):
     """The defence: forward(x) is classify(purify(x)), for images x [n, 3, h, w] in [0, 1].
 
-    captioner(x) -> n strings; purifier(x, captions, keys) -> images; classifier(x) -> logits [n, classes]. All may
-    be any callables. input_size: pixels the classifier was made for, to which images are resized. Captions that
-    are handed in are frozen. Keys say which noise is drawn; without them it is keyed by the pixels, so that an
-    image has the same result in any batch. Bad input and bad answers raise TypeError or ValueError.
+    captioner(x) -> n strings; purifier(x, captions, keys) -> images; classifier(x) -> logits [n, classes].
+    All may be any callables. input_size: pixels the classifier was made for, to which images are resized.
+    Captions that are handed in are frozen. Keys say which noise is drawn; without them it is keyed by the
+    pixels, so that an image has the same result in any batch. Bad input and bad answers raise TypeError or
+    ValueError.
     """
 
     def __init__(
@@ -92,10 +93,7 @@ class LGAP(nn.Module):
         return purified
 
     def classify(self, x: Tensor, keys: Keys | None = None) -> Tensor:
-        """Logits [n, classes] of images as they are, on the images' device; the classifier may be on another.
-
-        keys: of the images; an error names the key of the image that it is about.
-        """
+        """Logits [n, classes] of images as they are, on their device. keys: for an error to name."""
         checks.check_classified(x, keys)
         checks.check_part(self.classifier, "classifier", "x")
         images = x.clone()
@@ -126,6 +124,12 @@ class Trace:
     times: list[int] = field(default_factory=list)  # of the noise, then of each step
     latents: list[Tensor] = field(default_factory=list)  # z_t after the noise, then after each step
     denoised: list[Tensor] = field(default_factory=list)  # the image [n, 3, h, w] that each step expects
+
+    def add(self, time: int, z: Tensor, *denoised: Tensor) -> None:
+        """Note a step: its time, its latent and, unless it is the noise's, the image that it expects."""
+        self.times.append(time)
+        self.latents.append(z.detach())
+        self.denoised += denoised
 
 
 @dataclass(frozen=True)
@@ -164,10 +168,10 @@ def noise_schedule(
 class LatentPurifier(nn.Module):
     """Noise-and-denoise in the latent space of a text-guided diffusion model, all weights frozen.
 
-    purifier(x, captions, keys): images [n, 3, h, w] in [0, 1], any h and w, and n strings -> images like x. With
-    d * n keys each image is purified d times, image after image; it is encoded, and its caption embedded, once.
-    With `checkpointing`, each step is recomputed in the backward pass: memory does not grow with the steps.
-    Raises ValueError for settings or networks that cannot work.
+    purifier(x, captions, keys): images [n, 3, h, w] in [0, 1], any h and w, and n strings -> images like x.
+    With d * n keys each image is purified d times, image after image; it is encoded, and its caption
+    embedded, once. With `checkpointing`, each step is recomputed in the backward pass: memory does not grow
+    with the steps. Raises ValueError for settings or networks that cannot work.
     """
 
     # the settings and their defaults; profiles.py says what each does
@@ -225,15 +229,12 @@ class LatentPurifier(nn.Module):
         noise = keys.normal(z.shape[1:], "noise").to(z)
         z = self.scheduler.add_noise(z, noise, torch.full((len(z),), t_noise, device=z.device))
         if trace is not None:
-            trace.times.append(t_noise)
-            trace.latents.append(z.detach())
+            trace.add(t_noise, z)
         for t in times:
             z, expected = self.recomputed(self.step, z, t, text)
             if trace is not None:
-                trace.times.append(t)
-                trace.latents.append(z.detach())
                 with torch.no_grad():
-                    trace.denoised.append(self.decode(expected.detach()))
+                    trace.add(t, z, self.decode(expected.detach()))
         return resize(self.recomputed(self.decode, z), x.shape[-2:], self.antialias).to(x)
 
     def embed(self, captions: Iterable[str]) -> Tensor:
@@ -257,26 +258,13 @@ class LatentPurifier(nn.Module):
     def encode(self, x: Tensor, keys: Keys) -> Tensor:
         """z_0 = E(x) of images at the working size: a sample of the posterior for each key, or its mode."""
         n_draws = len(keys) // len(x)
-        posterior = self.vae.encode(self.pixels(x, keys.indices[::n_draws]).to(self.dtype)).latent_dist
+        pixels = vae_pixels(x, keys.indices[::n_draws], self.vae_input)
+        posterior = self.vae.encode(pixels.to(self.dtype)).latent_dist
         z = posterior.mean.to(x).repeat_interleave(n_draws, 0)
         if self.vae_sample:
             std = posterior.std.to(x).repeat_interleave(n_draws, 0)
             z = z + std * keys.normal(z.shape[1:], "posterior").to(z)
         return z * self.vae.config.scaling_factor
-
-    def pixels(self, x: Tensor, indices: Sequence[int | str]) -> Tensor:
-        """What the VAE is shown of images in [0, 1]; see `vae_input` in profiles.py for the authors' slip."""
-        if self.vae_input == "unit":
-            return 2 * x - 1
-        mean, std = torch.tensor(CLIP_MEAN).to(x), torch.tensor(CLIP_STD).to(x)
-        x = (x - mean.view(3, 1, 1)) / std.view(3, 1, 1)
-        if self.vae_input == "clip":
-            return x
-        shown = []
-        for image, index in zip(x, indices):  # the authors undo it for the first three images of a batch
-            place = index % AUTHORS_BATCH if isinstance(index, int) else AUTHORS_BATCH - 1
-            shown.append(image * std[place] + mean[place] if place < 3 else image)
-        return torch.stack(shown)
 
     def step(self, z: Tensor, t: int, text: Tensor) -> tuple[Tensor, Tensor]:
         """One DDIM step z_t -> z_{t'}: (z_{t'}, the z_0 it expects).
@@ -359,9 +347,3 @@ class LatentPurifier(nn.Module):
         if any(values != [None] * 4 for values in free_u):
             changed["free_u"] = free_u
         return changed
-
-
-# what BLIP's pixels are normalised by
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-AUTHORS_BATCH = 32  # images in a batch of the authors' CIFAR scripts; an image's index is its place

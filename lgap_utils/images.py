@@ -103,6 +103,27 @@ def mend_rounding(x: Tensor) -> Tensor:
     return x + (x.clamp(0, 1) - x).detach()
 
 
+# what BLIP's pixels are normalised by
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+AUTHORS_BATCH = 32  # images in a batch of the authors' CIFAR scripts; an image's index is its place
+
+
+def vae_pixels(x: Tensor, indices: Sequence[int | str], vae_input: str) -> Tensor:
+    """What a VAE is shown of images in [0, 1]; see `vae_input` in profiles.py for the authors' slip."""
+    if vae_input == "unit":
+        return 2 * x - 1
+    mean, std = torch.tensor(CLIP_MEAN).to(x), torch.tensor(CLIP_STD).to(x)
+    x = (x - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+    if vae_input == "clip":
+        return x
+    shown = []
+    for image, index in zip(x, indices):  # the authors undo it for the first three images of a batch
+        place = index % AUTHORS_BATCH if isinstance(index, int) else AUTHORS_BATCH - 1
+        shown.append(image * std[place] + mean[place] if place < 3 else image)
+    return torch.stack(shown)
+
+
 # ---------------------------------------------------------------- one image from anywhere
 
 

@@ -206,18 +206,14 @@ ATTACKS = {attack.name: attack for attack in _ATTACKS}
 
 
 def get_attack(attack: str, /, **overrides: Any) -> Attack:
-    """The attack of this name with some fields replaced; "blind PGD-40" with ten steps is called "blind
-    PGD-10".
-
-    Raises ValueError, with the choices, for an unknown name or field.
-    """
+    """The attack of this name with some fields replaced. Raises ValueError for unknown ones."""
     if attack not in ATTACKS:
         raise ValueError(f"no attack {attack!r}; choose from {list(ATTACKS)}")
     names = [f.name for f in dataclasses.fields(Attack)]
     if unknown := sorted(set(overrides) - set(names)):
         raise ValueError(f"an attack has no field {', '.join(unknown)}; choose from {names}")
     known = ATTACKS[attack]
-    if "n_steps" in overrides:
+    if "n_steps" in overrides:  # "blind PGD-40" with ten steps is "blind PGD-10"
         overrides = {"name": known.name.replace(f"-{known.n_steps}", f"-{overrides['n_steps']}")} | overrides
     return dataclasses.replace(known, **overrides)
 
