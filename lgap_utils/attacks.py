@@ -20,8 +20,6 @@ from .batches import BatchSize
 from .defense import LGAP
 from .noise import Keys
 
-# ---------------------------------------------------------------- views: what the attacker sees
-
 
 class Frozen(nn.Module):
     """A module that stays in evaluation mode, whatever library calls `train()`."""
@@ -91,7 +89,7 @@ class full(View):
 VIEWS = {"blind": blind, "bpda": bpda, "full": full}
 Model = Callable[..., Tensor]
 
-# ---------------------------------------------------------------- PGD
+# ---------------------------------------------------------------- PGD, image by image
 
 
 @dataclass
@@ -153,7 +151,7 @@ class PGD:
 class Walk:
     """One image under PGD. Images do not march in step: one that is done makes room for others."""
 
-    row: int  # in the batch
+    row: int  # its place among the images
     time: int = 0  # iterates looked at so far, over all restarts
     broke_at: int = -1  # the time of the first that was misclassified
     bad_gradients: int = 0
@@ -186,10 +184,10 @@ def pgd(
     """L-inf projected gradient ascent on the cross-entropy (Madry et al. 2018): adversarial images like x.
 
     x: images [n, 3, h, w] in [0, 1]; y: labels [n]; both are left as they are. numbers: those of `PGD`. keys:
-    one per image, for the random start and for the draws of a `View`; a plain model needs none. masked_by: a
-    model; an image that it mislabels does not move (the authors' BPDA, where it is the bare classifier).
-    batch_size: draws per call of the model; no result depends on it. progress(n): called after n steps.
-    Raises TypeError or ValueError for bad input.
+    one per image, for the random start and the draws of a `View`. masked_by: a model; an image that it
+    mislabels does not move (the authors' BPDA, by the bare classifier). batch_size: draws per call of the
+    model; no result depends on it. progress(n): called after n steps. Raises TypeError or ValueError for bad
+    input.
     """
     p, room = PGD(**numbers), BatchSize.of(batch_size)
     checks.check_counts(batch_size=room.size)
@@ -213,7 +211,7 @@ def pgd(
             continue
         grad, right = result
         norm = grad.flatten(1).abs().sum(1)
-        bad = (norm == 0) | ~torch.isfinite(norm)
+        bad = ((norm == 0) | ~torch.isfinite(norm)).tolist()
         if masked_by is not None:
             with torch.no_grad():
                 grad = grad * (masked_by(adv[rows]).argmax(1) == y[rows]).view(-1, 1, 1, 1)

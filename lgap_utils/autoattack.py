@@ -163,8 +163,7 @@ def _attacked(library: Any, model: Model, x: Tensor, y: Tensor, key: Keys, n_eot
 def _strongest(library: Any, view: View, x: Tensor, y: Tensor, key: Keys, n_eot: int) -> Tensor:
     """Of the points that the library's attacks end at, the one with the highest mean loss over fresh draws.
 
-    Its own evaluation asks a random defence once, and hands back the clean image where that one answer is
-    right.
+    Its own evaluation asks a random defence once, and returns the clean image if that answer is right.
     """
     points = []
     for name in library.attacks_to_run:

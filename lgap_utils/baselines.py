@@ -1,8 +1,6 @@
-"""Cheap purifiers to compare LGAP with under the same attack: how much of its accuracy is due to diffusion,
-and to language?
+"""Cheap purifiers to compare LGAP with under the same attack: what is due to diffusion, and what to language?
 
-A purifier is any callable (x, captions, keys) -> images of the shape of x [n, 3, h, w], in [0, 1]. One of
-your own:
+A purifier is any callable (x, captions, keys) -> images like x [n, 3, h, w], in [0, 1]. One of your own:
 
     def darker(amount):
         return Purifier(lambda x, keys: x * amount, purifier="darker", amount=amount)

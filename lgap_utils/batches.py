@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import gc
+import re
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 
 T = TypeVar("T")
-OUT_OF_MEMORY = (  # what the CPU's allocator, CUDA's libraries and other devices say
-    *("can't allocate memory", "not enough memory", "out of memory"),
-    *("ALLOC_FAILED", "unable to find an engine"),
-)
+# what the CPU's allocator, CUDA's libraries and other devices say
+OUT_OF_MEMORY = re.compile("(can't allocate|not enough|out of) memory|ALLOC_FAILED|unable to find an engine")
 
 
 class BatchSize:
@@ -31,8 +30,7 @@ class BatchSize:
         return size if isinstance(size, BatchSize) else cls(size)
 
     def attempt(self, call: Callable[[], Any], n_draws: int) -> tuple[bool, Any]:
-        """(True, call()); or (False, None) if its `n_draws` draws did not fit: `size` is halved, ask for
-        fewer.
+        """(True, call()); or (False, None) if its `n_draws` draws did not fit: `size` is then halved.
 
         Raises MemoryError if a single draw is too much.
         """
@@ -48,9 +46,7 @@ class BatchSize:
             return True, result
         # outside of `except`, whose traceback would keep the tensors of the failed call alive
         if n_draws <= 1:
-            raise MemoryError(
-                f"one image alone does not fit into memory ({reason}); lower `size`, or use a larger device"
-            )
+            raise MemoryError(f"one image alone does not fit into memory ({reason}); lower `size`")
         self.size = self.most = max(1, n_draws // 2)
         gc.collect()
         if torch.accelerator.is_available():
@@ -68,7 +64,7 @@ class BatchSize:
 
 def ran_out(error: BaseException) -> bool:
     """Whether an error says that memory ran out."""
-    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in OUT_OF_MEMORY)
+    return isinstance(error, torch.OutOfMemoryError) or bool(OUT_OF_MEMORY.search(str(error)))
 
 
 def call_in_batches(

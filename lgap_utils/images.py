@@ -131,20 +131,17 @@ def read_image(source: Any) -> Tensor:
     """One image from anywhere -> float [3, h, w] in [0, 1].
 
     source: a path, an open binary file, a PIL image of any mode, an array [h, w], [h, w, 1], [h, w, 3] or [h,
-    w, 4], or a tensor [h, w], [1, h, w], [3, h, w] or [4, h, w]; a batch of one counts as one. uint8 is
-    divided by 255, uint16 (and PIL's 16-bit grey) by 65535; bools are black and white; floats are in [0, 1]
-    already; other whole numbers have no known range and are refused. A photograph is turned upright as its
-    EXIF says. The fourth channel is opacity, and what is transparent lies on white. Of several frames the
-    first is read. A float tensor keeps its dtype and device. Raises FileNotFoundError, TypeError or
-    ValueError, in one sentence.
+    w, 4], or a tensor [h, w], [1, h, w], [3, h, w] or [4, h, w], or a batch of one. uint8 is divided by 255,
+    uint16 (and PIL's 16-bit grey) by 65535; bools are black and white; floats are in [0, 1] already; other
+    whole numbers are refused. A photograph is turned upright as its EXIF says. The fourth channel is opacity,
+    over white. Of several frames the first is read. A float tensor keeps its dtype and device. Raises
+    FileNotFoundError, TypeError or ValueError, in one sentence.
     """
     channels_first = isinstance(source, Tensor)  # as torch has them; arrays have them last
     if isinstance(source, (str, os.PathLike, Image.Image)) or hasattr(source, "read"):
         source = _decoded(source)
     if not isinstance(source, (Tensor, np.ndarray)):
-        raise TypeError(
-            f"image: expected one path, open file, PIL image, array or tensor, got {kind_of(source)}"
-        )
+        raise TypeError(f"image: expected a path, file, PIL image, array or tensor, got {kind_of(source)}")
     x = source if isinstance(source, Tensor) else _as_tensor(source)
     x = x[0] if x.ndim == 4 and len(x) == 1 else x
     shape = list(x.shape)

@@ -23,11 +23,10 @@ PGD_ONLY = ("known_noise", "masked", "any_step", "n_restarts", "average")
 
 @dataclass(frozen=True)
 class Attack:
-    """One cell of the grid, all numbers included; attack(defense, x, y, keys) -> adversarial images [n, 3, h,
-    w].
+    """One cell of the grid, all numbers included; attack(defense, x, y, keys) -> adversarial images like x.
 
-    An attack of your own is a subclass with another `__call__`. What it notes in `record` the tables show; it
-    need note nothing. Raises ValueError for bad fields.
+    An attack of your own is a subclass with another `__call__`. Tables show what it notes in `record`, if
+    anything. Raises ValueError for bad fields.
     """
 
     name: str  # what a table calls it
@@ -59,9 +58,7 @@ class Attack:
         checks.check_counts(block=self.block)
         checks.check_flags(masked=self.masked)
         if self.block > 1 and (self.optimiser != "autoattack" or self.view != "blind"):
-            raise ValueError(
-                f"block={self.block}: only AutoAttack on the blind view takes more than one image"
-            )
+            raise ValueError(f"block={self.block}: only AutoAttack on the blind view takes several images")
         for name in PGD_ONLY:
             value = getattr(self, name)
             if self.optimiser != "pgd" and value != getattr(Attack, name):

@@ -361,7 +361,7 @@ def test_of_several_frames_the_first_is_read(kind):
 @pytest.mark.parametrize(
     "source, error, says",
     [
-        (None, TypeError, "expected one path, open file, PIL image, array or tensor, got NoneType"),
+        (None, TypeError, "expected a path, file, PIL image, array or tensor, got NoneType"),
         ([0, 1], TypeError, "got list"),
         (["a.png"], TypeError, "got list"),
         ({"path": "a.png"}, TypeError, "got dict"),
