@@ -130,8 +130,8 @@ def vae_pixels(x: Tensor, indices: Sequence[int | str], vae_input: str) -> Tenso
 def read_image(source: Any) -> Tensor:
     """One image from anywhere -> float [3, h, w] in [0, 1].
 
-    source: a path, an open binary file, a PIL image of any mode, an array [h, w], [h, w, 1], [h, w, 3] or [h,
-    w, 4], or a tensor [h, w], [1, h, w], [3, h, w] or [4, h, w], or a batch of one. uint8 is divided by 255,
+    source: a path, an open binary file, a PIL image of any mode, an array [h, w] or [h, w, 1 or 3 or 4],
+    a tensor [h, w] or [1 or 3 or 4, h, w], or a batch of one of these. uint8 is divided by 255,
     uint16 (and PIL's 16-bit grey) by 65535; bools are black and white; floats are in [0, 1] already; other
     whole numbers are refused. A photograph is turned upright as its EXIF says. The fourth channel is opacity,
     over white. Of several frames the first is read. A float tensor keeps its dtype and device. Raises
