@@ -184,7 +184,7 @@ def pgd(
     """L-inf projected gradient ascent on the cross-entropy (Madry et al. 2018): adversarial images like x.
 
     x: images [n, 3, h, w] in [0, 1]; y: labels [n]; both are left as they are. numbers: those of `PGD`. keys:
-    one per image, for random starts and a `View`. masked_by: a model; an image that it mislabels does not move
+    one per image, for random starts and a `View`. masked_by: a model; images that it mislabels stay
     (the authors' BPDA, by the bare classifier). batch_size: draws per call of the model; no result depends on
     it. progress(n): called after n steps. Raises TypeError or ValueError for bad input.
     """
