@@ -1,77 +1,77 @@
-"""Cheap purifiers to stand beside LGAP under the same attack: what of its accuracy is owed to diffusion, and what to language?
+"""Cheap purifiers to compare LGAP with under the same attack: what is due to diffusion, and what to language?
 
-Each is a callable purifier(x, captions, keys) -> images of the same shape, as `LGAP` takes one, and says in `settings()` what
-it is. Those that draw no noise have `random = False`.
+A purifier is any callable (x, captions, keys) -> images like x [n, 3, h, w], in [0, 1]. One of your own:
+
+    def darker(amount):
+        return Purifier(lambda x, keys: x * amount, purifier="darker", amount=amount)
+
+    defense = with_purifier(defense, darker(0.5))
 """
 
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
+from torch import Tensor
 
-from .defense import LGAP, LatentPurifier, resize
+from .defense import LGAP, LatentPurifier
 from .identity import identity, named
+from .images import mend_rounding, resize
+from .noise import Keys
 
-
-def no_caption(x):
-    """The captioner of a purifier that reads no caption: an empty one for each image."""
-    return [""] * len(x)
-
-
-no_caption = named(no_caption, "no caption")
+no_caption = named(lambda x: [""] * len(x), "no caption")  # the captioner of a purifier that reads no caption
 
 
 class Purifier:
-    """A purifier made of a function of images and keys, with its settings; `made_of`: the purifier that the function uses, if any."""
+    """A purifier made of a function (x, keys) -> images, with its settings.
 
-    def __init__(self, function, random=False, made_of=None, **settings):
+    random: whether it draws noise. made_of: the purifier that the function uses, if any.
+    """
+
+    def __init__(
+        self, function: Callable[..., Tensor], random: bool = False, made_of: Any = None, **settings: Any
+    ):
         self.function, self.random, self.made_of, self._settings = function, random, made_of, settings
 
-    def settings(self):
+    def settings(self) -> dict[str, Any]:
         """What it is, by name, and what it is made of; empty where its maker did not say."""
-        return self._settings | (
-            {"made_of": identity(self.made_of)} if self._settings and self.made_of else {}
-        )
+        if not self._settings or self.made_of is None:
+            return self._settings
+        return self._settings | {"made_of": identity(self.made_of)}
 
-    def __call__(self, x, captions, keys):
+    def __call__(self, x: Tensor, captions: Any, keys: Keys) -> Tensor:
         return self.function(x, keys)
 
 
-def undefended():
+def undefended() -> Purifier:
     """The undefended classifier."""
     return Purifier(lambda x, keys: x, purifier="none")
 
 
-def resized(size):
+def resized(size: int) -> Purifier:
     """Down to `size` pixels and back, bilinear with antialias: what a change of resolution alone removes."""
-    return Purifier(
-        lambda x, keys: resize(resize(x, (size, size)), x.shape[-2:]), purifier="resize", size=size
-    )
+    function = lambda x, keys: resize(resize(x, (size, size)), x.shape[-2:])
+    return Purifier(function, purifier="resize", size=size)
 
 
-def blur(sigma):
+def blur(sigma: float) -> Purifier:
     """Gaussian blur (torchvision); sigma in pixels."""
     from torchvision.transforms.functional import gaussian_blur
 
     width = 2 * int(3 * sigma + 0.5) + 1
-
-    def function(x, keys):
-        y = gaussian_blur(x, [width, width], [sigma, sigma])
-        return (
-            y + (y.clamp(0, 1) - y).detach()
-        )  # mends rounding only, as `resize` does: black and white keep their gradient
-
+    function = lambda x, keys: mend_rounding(gaussian_blur(x, [width, width], [sigma, sigma]))
     return Purifier(function, purifier="blur", sigma=sigma)
 
 
-def jpeg(quality):
+def jpeg(quality: int) -> Purifier:
     """JPEG at `quality` of 100 (PIL), there and back; no gradient passes."""
 
     def function(x, keys):
-        import numpy as np
-        from PIL import Image
-
         out = []
         for image in (x.detach().cpu() * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy():
             file = io.BytesIO()
@@ -82,30 +82,22 @@ def jpeg(quality):
     return Purifier(function, purifier="JPEG", quality=quality)
 
 
-def _check_latent(purifier):
-    """Refuse a purifier that has no autoencoder and no guidance of its own to be run without."""
-    if not isinstance(purifier, LatentPurifier):
-        raise TypeError(
-            f"purifier: expected a LatentPurifier, got {type(purifier).__name__}; `with_baselines` leaves this row out for others"
-        )
-
-
-def vae_round_trip(purifier):
-    """A LatentPurifier's autoencoder alone: encoded and decoded, no noise added, nothing denoised. Raises TypeError for another."""
+def vae_round_trip(purifier: LatentPurifier) -> Purifier:
+    """A LatentPurifier's autoencoder alone: nothing is added or denoised. Raises TypeError for another."""
     _check_latent(purifier)
 
     def function(x, keys):
-        working = purifier.resize(
-            x.to(purifier.device, torch.promote_types(purifier.dtype, torch.float32)),
-            (purifier.size, purifier.size),
-        )
-        return purifier.resize(purifier.decode(purifier.encode(working, keys)), x.shape[-2:]).to(x)
+        decoded = purifier.decode(purifier.encode(purifier.at_working_size(x), keys))
+        return resize(decoded, x.shape[-2:], purifier.antialias).to(x)
 
     return Purifier(function, random=purifier.vae_sample, made_of=purifier, purifier="VAE round trip")
 
 
-def without_caption(purifier):
-    """A LatentPurifier's diffusion with an empty caption, and so without guidance: the two predictions would be equal. Raises TypeError."""
+def without_caption(purifier: LatentPurifier) -> Purifier:
+    """A LatentPurifier's diffusion with an empty caption. Raises TypeError for another.
+
+    There is no guidance either: the prediction without a caption would be the same.
+    """
     _check_latent(purifier)
 
     def function(x, keys):
@@ -115,26 +107,29 @@ def without_caption(purifier):
     return Purifier(function, random=True, made_of=purifier, purifier="no caption", guidance_scale=1.0)
 
 
-def with_baselines(defense, side):
-    """{name: LGAP} of the defence and of everything cheap behind the same classifier; side: pixels of an image's side.
+def _check_latent(purifier: Any) -> None:
+    if not isinstance(purifier, LatentPurifier):
+        expected = f"expected a LatentPurifier, got {type(purifier).__name__}"
+        raise TypeError(f"purifier: {expected}; `with_baselines` leaves this row out for others")
 
-    The parts of a LatentPurifier stand there too, where the defence has one and not a purifier of another kind.
+
+def with_baselines(defense: LGAP, side: int) -> dict[str, LGAP]:
+    """{name: LGAP} of the defence and of every cheap purifier before the same classifier.
+
+    side: pixels of an image's side. The parts of a LatentPurifier are there where the defence has one.
     """
-    smaller, others = 3 * side // 4, {}
+    purifiers = {}
     if isinstance(defense.purifier, LatentPurifier):
-        others = {
-            "LGAP without a caption": without_caption(defense.purifier),
-            "VAE round trip": vae_round_trip(defense.purifier),
-        }
-    others |= {
-        f"resize to {smaller} and back": resized(smaller),
-        "Gaussian blur, 1 pixel": blur(1.0),
-        "JPEG, quality 75": jpeg(75),
-        "undefended": undefended(),
-    }
-    return {"LGAP": defense} | {name: with_purifier(defense, purifier) for name, purifier in others.items()}
+        purifiers["LGAP without a caption"] = without_caption(defense.purifier)
+        purifiers["VAE round trip"] = vae_round_trip(defense.purifier)
+    smaller = 3 * side // 4
+    purifiers[f"resize to {smaller} and back"] = resized(smaller)
+    purifiers["Gaussian blur, 1 pixel"] = blur(1.0)
+    purifiers["JPEG, quality 75"] = jpeg(75)
+    purifiers["undefended"] = undefended()
+    return {"LGAP": defense} | {name: with_purifier(defense, each) for name, each in purifiers.items()}
 
 
-def with_purifier(defense, purifier):
-    """The same classifier behind another purifier; nothing is captioned, as none of these reads."""
+def with_purifier(defense: LGAP, purifier: Any) -> LGAP:
+    """The same classifier behind another purifier; nothing is captioned."""
     return LGAP(no_caption, purifier, defense.classifier, defense.classes, defense.input_size)

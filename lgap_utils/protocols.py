@@ -1,26 +1,32 @@
-"""protocols."""
+"""`Attack` is one cell of the grid of attacks with all its numbers; `ATTACKS` holds the paper's by name."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from .attacks import AVERAGES, VIEWS, blind, pgd
+from . import checks
+from .attacks import PGD, VIEWS, Record, blind, pgd
 from .autoattack import autoattack
-from .batches import call_in_batches
-from .checks import check_counts, check_flags, check_numbers
+from .batches import BatchSize, call_in_batches
+from .defense import LGAP
+from .noise import Keys
 
-# ---------------------------------------------------------------- one cell of the grid, and the paper's
+PGD_ONLY = ("known_noise", "masked", "any_step", "n_restarts", "average")
 
 
 @dataclass(frozen=True)
 class Attack:
-    """One cell of the grid, all numbers included; attack(defense, x, y, keys) -> adversarial images [n, 3, h, w].
+    """One cell of the grid, all numbers included; attack(defense, x, y, keys) -> adversarial images like x.
 
-    An attack of your own is a subclass with another `__call__`; what it notes in `record` the tables show, and it need note nothing.
+    An attack of your own is a subclass with another `__call__`. Tables show what it notes in `record`, if
+    anything. Raises ValueError for bad fields.
     """
 
     name: str  # what a table calls it
@@ -41,215 +47,184 @@ class Attack:
     block: int = 1  # images that AutoAttack takes at a time; at more than 1 they share draws
 
     def __post_init__(self):
-        choices = {
-            "optimiser": ("none", "pgd", "autoattack", "square"),
-            "view": tuple(VIEWS),
-            "average": AVERAGES,
-            "captions": ("anew", "clean"),
-            "version": ("standard", "rand"),
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}={getattr(self, name)!r}: choose from {list(allowed)}")
-        check_numbers(255, eps_255=self.eps_255, step_size_255=self.step_size_255)
+        checks.check_choice("optimiser", self.optimiser, ("none", "pgd", "autoattack", "square"))
+        checks.check_choice("view", self.view, tuple(VIEWS))
+        checks.check_choice("captions", self.captions, ("anew", "clean"))
+        checks.check_choice("version", self.version, ("standard", "rand"))
+        checks.check_numbers(255, eps_255=self.eps_255, step_size_255=self.step_size_255)
         if 0 < self.eps_255 < 0.1:
             raise ValueError(f"eps_255={self.eps_255!r}: expected a number in 1/255, that is 8 and not 8/255")
-        check_counts(n_steps=self.n_steps, n_eot=self.n_eot, n_restarts=self.n_restarts, block=self.block)
-        check_flags(
-            random_start=self.random_start,
-            known_noise=self.known_noise,
-            masked=self.masked,
-            any_step=self.any_step,
-        )
+        self._pgd()  # checks what it takes
+        checks.check_counts(block=self.block)
+        checks.check_flags(masked=self.masked)
         if self.block > 1 and (self.optimiser != "autoattack" or self.view != "blind"):
-            raise ValueError(
-                f"block={self.block}: only AutoAttack on the blind view takes more than one image at a time"
-            )
-        for name, plain in {
-            "known_noise": False,
-            "masked": False,
-            "any_step": False,
-            "n_restarts": 1,
-            "average": "gradient",
-        }.items():
-            if self.optimiser != "pgd" and getattr(self, name) != plain:
-                raise ValueError(
-                    f"{name}={getattr(self, name)!r}: only the optimiser 'pgd' has it, not {self.optimiser!r}"
-                )
+            raise ValueError(f"block={self.block}: only AutoAttack on the blind view takes several images")
+        for name in PGD_ONLY:
+            value = getattr(self, name)
+            if self.optimiser != "pgd" and value != getattr(Attack, name):
+                raise ValueError(f"{name}={value!r}: only the optimiser 'pgd' has it, not {self.optimiser!r}")
+
+    def __call__(
+        self,
+        defense: LGAP,
+        x: Tensor,
+        y: Tensor,
+        keys: Keys,
+        batch_size: int | BatchSize = 64,
+        record: Record | None = None,
+        progress: Callable[[int], object] | None = None,
+    ) -> Tensor:
+        """Adversarial images for x [n, 3, h, w] in [0, 1] with labels y [n]; arguments as those of `pgd`."""
+        if self.optimiser == "none":
+            if record is not None:
+                n = len(x)
+                record.broke_at, record.bad_gradients, record.flags = [-1] * n, [0] * n, [""] * n
+            return x.clone()
+        model = VIEWS[self.view](defense)
+        if self.captions == "clean" and self.view != "blind":
+            model = model.captioned(x, keys.indices)
+        settings: dict[str, Any] = {"keys": keys, "record": record, "progress": progress}
+        if self.optimiser == "pgd":
+            masked_by = blind(defense) if self.masked else None
+            settings |= dataclasses.asdict(self._pgd())
+            return pgd(model, x, y, masked_by=masked_by, batch_size=batch_size, **settings)
+        settings |= {"eps": self.eps_255 / 255, "n_eot": self.n_eot}
+        if self.optimiser == "square":
+            settings |= {"version": "custom", "attacks": ("square",), "n_queries": self.n_steps}
+        else:
+            settings |= {"version": self.version, "n_steps": self.n_steps, "block": self.block}
+        return autoattack(model, x, y, **settings)
+
+    def _pgd(self) -> PGD:
+        names = ("n_steps", "n_eot", "average", "random_start", "known_noise", "any_step", "n_restarts")
+        numbers = {name: getattr(self, name) for name in names}
+        return PGD(eps=self.eps_255 / 255, step_size=self.step_size_255 / 255, **numbers)
 
     @property
-    def foreign(self):
-        """Whether this is somebody's own subclass, of which these fields say little."""
+    def foreign(self) -> bool:
+        """Whether this is a subclass of somebody's own, of which these fields say little."""
         return type(self) is not Attack
 
     @property
-    def success(self):
-        """What counts as broken, in words."""
-        return {"none": "none", "pgd": "any step" if self.any_step else "last iterate"}.get(
-            self.optimiser, "the attack's best point"
-        )
+    def unnamed(self) -> bool:
+        """Whether `settings` do not say all that it does: a subclass needs its own method for that."""
+        return self.foreign and "settings" not in vars(type(self))
 
-    def settings(self):
+    @property
+    def success(self) -> str:
+        """What counts as broken, in words."""
+        if self.optimiser == "pgd":
+            return "any step" if self.any_step else "last iterate"
+        return "none" if self.optimiser == "none" else "the attack's best point"
+
+    def settings(self) -> dict[str, Any]:
         """The numbers that define the attack, by name, and whose it is."""
         return dataclasses.asdict(self) | ({"is": type(self).__qualname__} if self.foreign else {})
 
-    def describe(self):
+    def describe(self) -> str:
         """The protocol in a line, for a table."""
         if self.optimiser == "none":
             return "no attack"
         if self.foreign:
             return f"{type(self).__name__}; eps {self.eps_255:g}/255"
-        what = {
-            "pgd": f"PGD-{self.n_steps}, step {self.step_size_255:g}/255",
-            "square": f"Square, {self.n_steps} queries, mean of {self.n_eot} draws",
-            "autoattack": f"AutoAttack {self.version}"
-            + f", {self.n_steps} steps" * (self.n_steps != 100)
-            + f", {self.n_eot} draws" * (self.version == "rand")
-            + f", blocks of {self.block}" * (self.block > 1),
-        }[self.optimiser]
-        extras = []
+        words = [self._describe_optimiser(), f"eps {self.eps_255:g}/255", self.view]
         if self.optimiser == "pgd":
-            if self.view != "blind":
-                average = "vote of signs" if self.average == "vote" else f"mean {self.average}"
-                draws = "1 draw" if self.n_eot == 1 else f"{self.n_eot} draws, {average}"
-                extras += [draws + (", the defender's own" if self.known_noise else "")]
-                extras += ["masked by the bare classifier"] * self.masked
-            extras += (
-                ["random start"] * self.random_start
-                + [f"{self.n_restarts} restarts"] * (self.n_restarts > 1)
-                + [self.success]
-            )
+            words += self._describe_pgd()
         if self.view != "blind":
-            extras += [{"anew": "captions anew", "clean": "caption of the clean image"}[self.captions]]
-        return "; ".join([what, f"eps {self.eps_255:g}/255", self.view, *extras])
+            words.append("captions anew" if self.captions == "anew" else "caption of the clean image")
+        return "; ".join(words)
 
-    def purifications(self):
-        """(forward only, with a gradient) for one image; the defence's share of the attack's cost. An upper bound if any_step."""
+    def _describe_optimiser(self) -> str:
+        if self.optimiser == "pgd":
+            return f"PGD-{self.n_steps}, step {self.step_size_255:g}/255"
+        if self.optimiser == "square":
+            return f"Square, {self.n_steps} queries, mean of {self.n_eot} draws"
+        words = [f"AutoAttack {self.version}"]
+        if self.n_steps != 100:
+            words.append(f"{self.n_steps} steps")
+        if self.version == "rand":
+            words.append(f"{self.n_eot} draws")
+        if self.block > 1:
+            words.append(f"blocks of {self.block}")
+        return ", ".join(words)
+
+    def _describe_pgd(self) -> list[str]:
+        words = []
+        if self.view != "blind":
+            average = "vote of signs" if self.average == "vote" else f"mean {self.average}"
+            draws = "1 draw" if self.n_eot == 1 else f"{self.n_eot} draws, {average}"
+            words.append(draws + (", the defender's own" if self.known_noise else ""))
+            if self.masked:
+                words.append("masked by the bare classifier")
+        if self.random_start:
+            words.append("random start")
+        if self.n_restarts > 1:
+            words.append(f"{self.n_restarts} restarts")
+        return [*words, self.success]
+
+    def purifications(self) -> tuple[int, int]:
+        """(forward only, with a gradient) for one image, the defence's share of the cost; at most."""
         if self.view == "blind" or self.optimiser == "none":
             return 0, 0
-        looks = (
-            self.n_steps + (self.any_step or self.n_restarts > 1)
-        ) * self.n_restarts  # the last iterate is looked at too
-        asked = (
-            self.n_eot
-            * {"pgd": looks, "square": self.n_steps, "autoattack": 2 * self.n_steps}[self.optimiser]
-        )
-        return (0, asked) if self.view == "full" and self.optimiser != "square" else (asked, 0)
+        calls = {"pgd": self._pgd().n_looks, "square": self.n_steps, "autoattack": 2 * self.n_steps}
+        n_draws = calls[self.optimiser] * self.n_eot
+        return (0, n_draws) if self.view == "full" and self.optimiser != "square" else (n_draws, 0)
 
-    def whole(self, n):
+    def whole(self, n: int) -> int:
         """n images, rounded up to whole blocks: AutoAttack does no part of one."""
         return math.ceil(n / self.block) * self.block
 
-    def gradients(self):
-        """Gradients of the bare classifier for one image of a blind attack; of AutoAttack's, those of its first part, the least."""
-        return (
-            self.n_steps * self.n_restarts
-            if self.view == "blind" and self.optimiser in ("pgd", "autoattack")
-            else 0
-        )
-
-    def __call__(self, defense, x, y, keys, batch_size=64, record=None, progress=None):
-        if self.optimiser == "none":
-            if record is not None:
-                record.broke_at, record.bad_gradients, record.flags = (
-                    [-1] * len(x),
-                    [0] * len(x),
-                    [""] * len(x),
-                )
-            return x.clone()
-        model = VIEWS[self.view](defense)
-        if self.captions == "clean" and self.view != "blind":
-            model = model.captioned(x, keys.indices)
-        shared = {"eps": self.eps_255 / 255, "keys": keys, "record": record, "progress": progress}
-        if self.optimiser == "pgd":
-            return pgd(
-                model,
-                x,
-                y,
-                step_size=self.step_size_255 / 255,
-                n_steps=self.n_steps,
-                n_eot=self.n_eot,
-                average=self.average,
-                random_start=self.random_start,
-                known_noise=self.known_noise,
-                any_step=self.any_step,
-                masked_by=blind(defense) if self.masked else None,
-                n_restarts=self.n_restarts,
-                batch_size=batch_size,
-                **shared,
-            )
-        if self.optimiser == "square":
-            return autoattack(
-                model,
-                x,
-                y,
-                version="custom",
-                attacks=("square",),
-                n_queries=self.n_steps,
-                n_eot=self.n_eot,
-                **shared,
-            )
-        return autoattack(
-            model,
-            x,
-            y,
-            version=self.version,
-            n_steps=self.n_steps,
-            n_eot=self.n_eot,
-            block=self.block,
-            **shared,
-        )
+    def gradients(self) -> int:
+        """Gradients of the bare classifier for one image of a blind attack; of AutoAttack, at least."""
+        counts = self.view == "blind" and self.optimiser in ("pgd", "autoattack")
+        return self.n_steps * self.n_restarts if counts else 0
 
 
 NATURAL = Attack("natural", optimiser="none", eps_255=0)
-ATTACKS = {
-    attack.name: attack
-    for attack in (
-        # Tables 1 and 2: preprocessor-blind PGD, Yoon et al.'s clf_pgd
-        Attack("blind PGD-40"),
-        # Table 3
-        Attack("BPDA-40", view="bpda"),
-        Attack(
-            "BPDA-40+EOT", view="bpda", n_eot=15, random_start=False
-        ),  # paper silent: 15 draws, as Yoon et al. have
-        Attack("BPDA-40+EOT (authors' vote)", view="bpda", n_eot=15, random_start=False, average="vote"),
-        Attack("BPDA-50+EOT (Hill)", view="bpda", n_steps=50, n_eot=15, average="logits", any_step=True),
-        # Table 4; AutoAttack is run on the bare classifier, as the authors' code does: a transfer attack
-        Attack("AutoAttack", optimiser="autoattack", n_steps=100),
-        Attack("PGD-10", n_steps=10),
-        # beyond the paper: what an attacker does who sees the whole defence
-        Attack("PGD-20+EOT, full gradient", view="full", n_steps=20, n_eot=5),
-        Attack(
-            "PGD-20+EOT, full gradient, clean caption", view="full", n_steps=20, n_eot=5, captions="clean"
-        ),
-        Attack("PGD-20, full gradient, known noise", view="full", n_steps=20, known_noise=True),
-        Attack("Square", optimiser="square", view="full", n_steps=100, n_eot=4),
-        Attack("AutoAttack rand", optimiser="autoattack", view="full", version="rand", n_steps=100, n_eot=20),
-    )
-}
+_ATTACKS = [
+    # Tables 1 and 2: preprocessor-blind PGD, Yoon et al.'s clf_pgd
+    Attack("blind PGD-40"),
+    # Table 3; paper silent: 15 draws, as Yoon et al. have
+    Attack("BPDA-40", view="bpda"),
+    Attack("BPDA-40+EOT", view="bpda", n_eot=15, random_start=False),
+    Attack("BPDA-40+EOT (authors' vote)", view="bpda", n_eot=15, random_start=False, average="vote"),
+    Attack("BPDA-50+EOT (Hill)", view="bpda", n_steps=50, n_eot=15, average="logits", any_step=True),
+    # Table 4; AutoAttack is run on the bare classifier, as the authors' code does: a transfer attack
+    Attack("AutoAttack", optimiser="autoattack", n_steps=100),
+    Attack("PGD-10", n_steps=10),
+    # beyond the paper: what an attacker does who sees the whole defence
+    Attack("PGD-20+EOT, full gradient", view="full", n_steps=20, n_eot=5),
+    Attack("PGD-20+EOT, full gradient, clean caption", view="full", n_steps=20, n_eot=5, captions="clean"),
+    Attack("PGD-20, full gradient, known noise", view="full", n_steps=20, known_noise=True),
+    Attack("Square", optimiser="square", view="full", n_steps=100, n_eot=4),
+    Attack("AutoAttack rand", optimiser="autoattack", view="full", version="rand", n_steps=100, n_eot=20),
+]
+ATTACKS = {attack.name: attack for attack in _ATTACKS}
 
 
-def get_attack(attack, /, **overrides):
-    """The attack of this name with some fields replaced, its name too if wanted. Raises ValueError, with the choices, for an
-    unknown name or field."""
+def get_attack(attack: str, /, **overrides: Any) -> Attack:
+    """The attack of this name with some fields replaced. Raises ValueError for unknown ones."""
     if attack not in ATTACKS:
         raise ValueError(f"no attack {attack!r}; choose from {list(ATTACKS)}")
-    if unknown := sorted(set(overrides) - {f.name for f in dataclasses.fields(Attack)}):
-        raise ValueError(
-            f"an attack has no field {', '.join(unknown)}; choose from {[f.name for f in dataclasses.fields(Attack)]}"
-        )
+    names = [f.name for f in dataclasses.fields(Attack)]
+    if unknown := sorted(set(overrides) - set(names)):
+        raise ValueError(f"an attack has no field {', '.join(unknown)}; choose from {names}")
     known = ATTACKS[attack]
     if "n_steps" in overrides:  # "blind PGD-40" with ten steps is "blind PGD-10"
         overrides = {"name": known.name.replace(f"-{known.n_steps}", f"-{overrides['n_steps']}")} | overrides
     return dataclasses.replace(known, **overrides)
 
 
-def in_batches(attack, x, y, keys=None, batch_size=128):
-    """`attack(x, y, keys)` over slices of a large set; the slices change no result, as keys belong to images. x and y are copied."""
-    return torch.cat(
-        call_in_batches(
-            lambda p: attack(x[p].clone(), y[p].clone(), None if keys is None else keys[p]),
-            len(x),
-            batch_size,
-        )
-    )
+def in_batches(
+    attack: Callable[..., Tensor],
+    x: Tensor,
+    y: Tensor,
+    keys: Keys | None = None,
+    batch_size: int | BatchSize = 128,
+) -> Tensor:
+    """`attack(x, y, keys)` over slices of a large set, which change no result, as keys belong to images.
+
+    x [n, 3, h, w] and y [n] are copied, so an attack may work in place.
+    """
+    call = lambda p: attack(x[p].clone(), y[p].clone(), None if keys is None else keys[p])
+    return torch.cat(call_in_batches(call, len(x), batch_size))

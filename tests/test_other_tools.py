@@ -1,4 +1,4 @@
-"""Other people's tools: their attacks take the defence, its views and a query; their pipelines stand in for its parts."""
+"""Other people's attacks take the defence, its views and a query; their pipelines replace its parts."""
 
 import re
 import sys
@@ -66,7 +66,7 @@ def readme(word):
 
 @pytest.fixture
 def torchattacks(monkeypatch):
-    """From the folder of its own where ./run_tests.sh puts it, and from the end of the path: it carries an old `robustbench`."""
+    """From its own folder, and from the end of the path, as it carries an old `robustbench`."""
     folder = Path(sys.prefix) / "torchattacks-3.5.1"
     assert folder.is_dir(), f"{folder} is not there; ./run_tests.sh puts torchattacks into it"
     monkeypatch.setattr(sys, "path", [*sys.path, str(folder)])

@@ -9,10 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps
 
 from lgap_utils.checks import check_images
-from lgap_utils.images import read_image
+from lgap_utils.images import read_image, resize
+from lgap_utils.noise import generator
 
 RED, BLUE = (200, 0, 0), (10, 20, 250)
 
@@ -359,7 +361,7 @@ def test_of_several_frames_the_first_is_read(kind):
 @pytest.mark.parametrize(
     "source, error, says",
     [
-        (None, TypeError, "expected one path, open file, PIL image, array or tensor, got NoneType"),
+        (None, TypeError, "expected a path, file, PIL image, array or tensor, got NoneType"),
         ([0, 1], TypeError, "got list"),
         (["a.png"], TypeError, "got list"),
         ({"path": "a.png"}, TypeError, "got dict"),
@@ -432,3 +434,25 @@ def test_an_image_bomb_is_refused_before_it_is_opened(monkeypatch, tmp_path, lim
         match=f"bomb.png: it has more than {limit} pixels, which PIL takes for an attack; scale it down",
     ):
         read_image(tmp_path / "bomb.png")
+
+
+def test_without_antialias_a_small_picture_reads_few_pixels_of_a_large_one():
+    x = torch.rand(1, 3, 384, 384, generator=generator("large"), requires_grad=True)
+    resize(x, (32, 32), antialias=False).sum().backward()
+    assert 100 * (x.grad != 0).float().mean().item() == pytest.approx(2.8, abs=0.05)
+    assert torch.equal(
+        resize(x, (32, 32), False), F.interpolate(x, size=(32, 32), mode="bilinear", align_corners=False)
+    )
+    x.grad = None
+    resize(x, (32, 32)).sum().backward()
+    assert (x.grad != 0).all()
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0], ids=["black", "white"])
+def test_a_saturated_image_keeps_its_gradient_through_the_resize(value):
+    """Attacks end on 0 and 1 all the time; a clamp for rounding must not hide the way back."""
+    x = torch.full((1, 3, 24, 24), value, requires_grad=True)
+    for size in (16, 48):
+        slope = torch.autograd.grad(resize(x, (size, size)).sum(), x)[0]
+        plain = F.interpolate(x, (size, size), mode="bilinear", antialias=True)
+        assert torch.allclose(slope, torch.autograd.grad(plain.sum(), x)[0], rtol=1e-4)
