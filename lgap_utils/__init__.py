@@ -1,4 +1,5 @@
-"""Language Guided Adversarial Purification: the machinery under the notebooks. Importing it loads no heavy library."""
+"""Language Guided Adversarial Purification: the package under the notebooks. It imports no heavy library."""
 
-REPOSITORY = "https://github.com/OWNER/lgap"  # the one place that names the public address; the badges are tested against it
+# The public address, named here alone: tools/badges.py writes it into badges and notebooks.
+REPOSITORY = "https://github.com/OWNER/lgap"
 __version__ = "0.1.0"

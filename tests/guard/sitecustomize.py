@@ -1,7 +1,7 @@
-"""Read by every Python that starts with this folder on PYTHONPATH: a Jupyter kernel reaches this machine alone.
+"""Read by every Python that has this folder on PYTHONPATH: a Jupyter kernel reaches this machine alone.
 
-What it tries beyond that fails, and is noted in the file that LGAP_TRESPASS names. It runs as that of a user who
-has not forbidden the hub: HF_HUB_OFFLINE is taken back.
+Any other connection fails and is noted in the file that LGAP_TRESPASS names. HF_HUB_OFFLINE is taken back,
+as most users do not set it.
 """
 
 import os
