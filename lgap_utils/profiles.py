@@ -54,8 +54,8 @@ def check_guidance(scale: Any) -> None:
     if scale < 1:
         raise ValueError(
             f"guidance_scale={scale}: expected at least 1, which is no guidance; at 0 the caption is ignored "
-            "and two passes are paid, between 0 and 1 it counts less than without guidance, below 0 images are "
-            "led away from it"
+            "and two passes are paid, between 0 and 1 it counts less than without guidance, "
+            "below 0 images are led away from it"
         )
 
 
