@@ -6,7 +6,8 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 set_up
 
 LGAP_OUTPUTS=$(mktemp -d)
-export LGAP_OUTPUTS TQDM_DISABLE=1 HF_HUB_OFFLINE=1
+# One thread, as run_tests.sh has on two cores: with another number fine-tuning rounds to other weights.
+export LGAP_OUTPUTS TQDM_DISABLE=1 HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
 trap 'rm -rf "$LGAP_OUTPUTS"' EXIT
 for notebook in notebooks/[0-9]*.ipynb; do
     echo "$notebook"
