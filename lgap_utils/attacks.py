@@ -44,9 +44,9 @@ class blind(Frozen):
 
 
 class View(Frozen):
-    """The whole defence as a model: view(x, keys) -> logits [len(keys), classes], image after image.
+    """The whole defence as a model: view(x, keys) -> logits [d * n, classes].
 
-    captions: {image index: text}, which freezes them; None takes them anew at every call.
+    Row i * d + k is draw k of image i. captions: {image index: text}, which freezes them; None takes them anew at every call.
     """
 
     def __init__(self, defense: LGAP, captions: dict[int | str, str] | None = None):
@@ -94,9 +94,13 @@ Model = Callable[..., Tensor]
 
 @dataclass
 class Record:
-    """What happened under an attack: pass one in to have it filled, one entry per image."""
+    """What happened under an attack: pass one in to have it filled, one entry per image.
 
-    broke_at: list[int] = field(default_factory=list)  # first iterate misclassified, 0 the start; -1: none
+    broke_at counts iterates over all restarts, 0 the start: the first that the attacker saw misclassified, in
+    its own draws. PGD looks at its last iterate only with any_step or restarts.
+    """
+
+    broke_at: list[int] = field(default_factory=list)  # see below; -1: never seen, or not recorded
     bad_gradients: list[int] = field(default_factory=list)  # steps with a gradient of zero, or not finite
     flags: list[str] = field(default_factory=list)  # AutoAttack's own warnings
 
@@ -141,7 +145,7 @@ class PGD:
         return (x + (moved - x).clamp(-self.eps, self.eps)).clamp(0, 1)
 
     def draws_per_call(self, n_images: int, most: int) -> int:
-        """Draws in a call of the model; those of one image cannot be split if their logits are averaged."""
+        """Draws that `BatchSize.attempt` may halve; 1 if the call cannot be split. most: draws that fit."""
         if self.average != "logits":
             return n_images * min(self.n_eot, most)
         return n_images * self.n_eot if n_images > 1 else 1
@@ -185,8 +189,9 @@ def pgd(
 
     x: images [n, 3, h, w] in [0, 1]; y: labels [n]; both are left as they are. numbers: those of `PGD`. keys:
     one per image, for random starts and a `View`. masked_by: a model; images that it mislabels stay
-    (the authors' BPDA, by the bare classifier). batch_size: draws per call of the model; no result depends on
-    it. progress(n): called after n steps. Raises TypeError or ValueError for bad input.
+    (the authors' BPDA, by the bare classifier). batch_size: draws per call of the model; it changes a result
+    by rounding at most. progress(n): called each time with the number of images that were looked at.
+    Raises TypeError or ValueError for bad input.
     """
     p, room = PGD(**numbers), BatchSize.of(batch_size)
     checks.check_counts(batch_size=room.size)
@@ -247,13 +252,14 @@ def gradient(
 ) -> tuple[Tensor, list[bool]]:
     """Gradient of the cross-entropy at x [n, 3, h, w], and whether the mean logits of each image are right.
 
-    y: labels [n]. keys: n_eot for each image, image after image; a plain model has nothing to average.
-    average: one of AVERAGES. batch_size: draws of one image in a call. labels: those to check, if not y
-    alone. Raises ValueError for a label that is no class of the model.
+    y: labels [n]. keys: row i * n_eot + k is draw k of image i; a plain model has nothing to average.
+    average: one of AVERAGES; for "vote" the result is the sum of the draws' signs. batch_size: draws of one
+    image in a call. labels: all labels whose range is checked; None: y.
+    Raises ValueError for a label that is no class of the model.
     """
     if not isinstance(model, View):
         n_eot = 1
-    elif n_eot > 1 and model.captions is None and keys is not None:  # words are chosen once for all draws
+    elif n_eot > 1 and model.captions is None and keys is not None:  # one caption for all draws of a step
         model = model.captioned(x, keys.indices[::n_eot])
     vote = average == "vote" and n_eot > 1
     group = n_eot if average == "logits" else min(n_eot, batch_size)

@@ -57,13 +57,13 @@ class LGAP(nn.Module):
         for part in (captioner, purifier, classifier):
             if isinstance(part, nn.Module):
                 part.eval()
-        self.training = False  # attack libraries ask
+        self.training = False  # attack libraries read it
 
     def forward(self, x: Tensor, captions: Captions = None, keys: Keys | None = None) -> Tensor:
         return self.classify(self.purify(x, captions, keys), keys)
 
     def caption(self, x: Tensor) -> list[str]:
-        """BLIP(x), paper section 3.1: one string per image, without a gradient."""
+        """captioner(x), paper section 3.1 (BLIP): one string per image, without a gradient."""
         checks.check_images(x)
         checks.check_part(self.captioner, "captioner", "x")
         with torch.no_grad():
@@ -75,7 +75,7 @@ class LGAP(nn.Module):
     ) -> Tensor:
         """The purified images: [n, 3, h, w] in [0, 1], differentiable with respect to x (paper section 3.2).
 
-        With d * n keys each image is purified d times under one caption: [d * n, 3, h, w], image after image.
+        With d * n keys each image is purified d times under one caption: row i * d + k is draw k of image i.
         """
         checks.check_images(x)
         extra = {} if trace is None else {"trace": trace}
@@ -93,7 +93,7 @@ class LGAP(nn.Module):
         return purified
 
     def classify(self, x: Tensor, keys: Keys | None = None) -> Tensor:
-        """Logits [n, classes] of images as they are, on their device. keys: for an error to name."""
+        """Logits [n, classes] without purification, at `input_size`. keys: name an image in errors."""
         checks.check_classified(x, keys)
         checks.check_part(self.classifier, "classifier", "x")
         images = x.clone()
@@ -169,8 +169,8 @@ class LatentPurifier(nn.Module):
     """Noise-and-denoise in the latent space of a text-guided diffusion model, all weights frozen.
 
     purifier(x, captions, keys): images [n, 3, h, w] in [0, 1], any h and w, and n strings -> images like x.
-    With d * n keys each image is purified d times, image after image; it is encoded, and its caption
-    embedded, once. With `checkpointing`, each step is recomputed in the backward pass: memory does not grow
+    With d * n keys each image is purified d times (row i * d + k: draw k of image i), encoded and its caption
+    embedded once. With `checkpointing`, each step is recomputed in the backward pass: memory does not grow
     with the steps. Raises ValueError for settings or networks that cannot work.
     """
 

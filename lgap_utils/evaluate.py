@@ -44,20 +44,24 @@ def folder_name(name: str) -> str:
 
 
 def open_rows(folder: Path, config: dict, defenses: dict, attack: Attack | None = None) -> Rows:
-    """The `Rows` in `folder`; in a new one for this run alone where the attack or a part has no settings.
+    """The `Rows` in `folder`; in a new folder, for one run, if the attack or a part has no settings of its own.
 
-    defenses: {name: `describe_defense`}. An attack has a row for each defence and draw.
+    defenses: {name: `describe_defense`}. An attack has a row for each image, defence and draw.
     """
     unnamed = unnamed_in(defenses)
+    remedy = "name it: lgap_utils.identity.named(part, 'a name', sigma=0.9)"
     if attack is not None and not own_settings(attack):
-        unnamed.append(f"the attack {attack.name!r} ({type(attack).__qualname__})")
+        unnamed.insert(0, f"the attack {attack.name!r} ({type(attack).__qualname__})")
+        remedy = (
+            "give its class a method settings() that returns a dict, e.g. super().settings() | {'sigma': 0.9}"
+        )
     if unnamed:
         config = {**config, "run": uuid.uuid4().hex}
         folder = folder.parent / "unnamed" / f"{folder.name}-{digest(config)}"
         print(
             f"{unnamed[0]} has no settings() of its own: its rows in {folder} serve one run. To resume them,"
         )
-        print("name it: lgap_utils.identity.named(part, 'a name', sigma=0.9)", flush=True)
+        print(remedy, flush=True)
     return Rows(folder, config, ("index",) if attack is None else ("index", "defence", "draw"))
 
 
@@ -65,8 +69,8 @@ class Evaluation:
     """Attacks on the first of `defenses` ({name: LGAP}); their images are scored under all of them.
 
     n_draws: noise draws of the defence per image; 1 for a purifier with `random = False`. Rows are kept in
-    folder/NAME OF THE ATTACK and resumed where defences, attack, seed, draws and `config` are the same (see
-    identity.py). No result depends on batch_size, on the order of the images or on which process runs them.
+    folder/NAME OF THE ATTACK. Rows of other defences, another attack, seed, n_draws, `config` or METHOD are
+    refused (ValueError). batch_size changes a result by rounding at most; order and process change none.
     """
 
     def __init__(
@@ -91,7 +95,8 @@ class Evaluation:
     def run(self, attack: Attack, indices: Sequence[int] | None = None) -> pd.DataFrame:
         """A row per image, defence and draw; those that are missing are computed and kept.
 
-        indices: which images, by dataset index; None for all. Columns: index, label, defence, draw, clean and
+        indices: which images, by dataset index; None for all. Columns: index, image (digest of its pixels),
+        label, defence, draw, clean and
         adversarial (labels predicted), caption_clean and caption (of the adversarial image), linf, inside (of
         ball and [0, 1]), broke_at, bad_gradients, flags (see attacks.Record), seconds (per image), attack,
         eps_255, n_steps, n_eot, success. Raises TypeError for no Attack, ValueError for a wrong index.
@@ -128,7 +133,7 @@ class Evaluation:
         return self.n_draws if getattr(defense.purifier, "random", True) else 1
 
     def _compute(self, attack: Attack, rows: Rows, indices: list[int]) -> None:
-        """Attack and score the images of these indices, a shard of a minute or so at a time."""
+        """Attack and score the images of these indices, a shard at a time: a batch, or less if it costs more."""
         if attack.block > 1:
             indices = self._whole_blocks(attack.block, indices)
         plan = self.plan(attack, len(indices))
@@ -209,7 +214,10 @@ class Evaluation:
         return captions, labels, SOFTMAX if all(softmax) else ""
 
     def plan(self, attack: Attack, n: int) -> dict[str, Any]:
-        """What an attack on n images takes: {"text", "purifications", "seconds", "cost" (of an image)}."""
+        """What an attack on n images takes: {"text", "purifications", "seconds", "cost"}; it times a batch.
+
+        cost: purifications of an image without a gradient; one with a gradient counts as 3.
+        """
         forward, backward = attack.purifications()
         draws = sum(map(self.draws_of, self.defenses.values()))
         purifications = n * (forward + backward + draws)
@@ -265,8 +273,8 @@ def purify_rows(
     """Caption, purify and classify: a row per image, computed once and kept in `folder`.
 
     x: what to purify in place of the images, e.g. adversarial ones [n, 3, h, w]; config["attack"] says how
-    they were made. Columns: index, image (digest of the pixels), label, caption, undefended and prediction
-    (labels before and after purification), linf (of x from the image), purified (uint8 [3, h, w] as bytes),
+    they were made. title: of the progress bar. Columns: index, image (digest of the pixels), label, caption,
+    undefended and prediction (labels before and after purification), linf (of x from the image), purified (uint8 [3, h, w] as bytes),
     seconds (per image). Raises ValueError for kept rows of other images, another defence, seed or `config`.
     """
     if x is not None and not config.get("attack"):

@@ -68,7 +68,7 @@ class Keys:
         return [row[1] for row in self.rows]
 
     def at(self, steps: Iterable[int], n_draws: int = 1, stage: str | None = None) -> Keys:
-        """n_draws keys for each image, image after image, each image at its own step."""
+        """n_draws keys for each image, at its own step: row i * n_draws + k is draw k of image i."""
         rows: list[Key] = []
         for (seed, index, old_stage, _, _), step in zip(self.rows, steps):
             rows += [(seed, index, stage or old_stage, step, draw) for draw in range(n_draws)]

@@ -106,11 +106,6 @@ class Attack:
         return type(self) is not Attack
 
     @property
-    def unnamed(self) -> bool:
-        """Whether `settings` do not say all that it does: a subclass needs its own method for that."""
-        return self.foreign and "settings" not in vars(type(self))
-
-    @property
     def success(self) -> str:
         """What counts as broken, in words."""
         if self.optimiser == "pgd":
