@@ -46,7 +46,8 @@ class blind(Frozen):
 class View(Frozen):
     """The whole defence as a model: view(x, keys) -> logits [d * n, classes].
 
-    Row i * d + k is draw k of image i. captions: {image index: text}, which freezes them; None takes them anew at every call.
+    Row i * d + k is draw k of image i. captions: {image index: text}, which freezes them; None takes them
+    anew at every call.
     """
 
     def __init__(self, defense: LGAP, captions: dict[int | str, str] | None = None):

@@ -44,7 +44,7 @@ def folder_name(name: str) -> str:
 
 
 def open_rows(folder: Path, config: dict, defenses: dict, attack: Attack | None = None) -> Rows:
-    """The `Rows` in `folder`; in a new folder, for one run, if the attack or a part has no settings of its own.
+    """The `Rows` in `folder`; in a new one, for one run, if the attack or a part has no settings of its own.
 
     defenses: {name: `describe_defense`}. An attack has a row for each image, defence and draw.
     """
@@ -133,7 +133,7 @@ class Evaluation:
         return self.n_draws if getattr(defense.purifier, "random", True) else 1
 
     def _compute(self, attack: Attack, rows: Rows, indices: list[int]) -> None:
-        """Attack and score the images of these indices, a shard at a time: a batch, or less if it costs more."""
+        """Attack and score the images of these indices, a shard at a time: a batch, or less if costly."""
         if attack.block > 1:
             indices = self._whole_blocks(attack.block, indices)
         plan = self.plan(attack, len(indices))
@@ -274,8 +274,8 @@ def purify_rows(
 
     x: what to purify in place of the images, e.g. adversarial ones [n, 3, h, w]; config["attack"] says how
     they were made. title: of the progress bar. Columns: index, image (digest of the pixels), label, caption,
-    undefended and prediction (labels before and after purification), linf (of x from the image), purified (uint8 [3, h, w] as bytes),
-    seconds (per image). Raises ValueError for kept rows of other images, another defence, seed or `config`.
+    undefended and prediction (labels before and after purification), linf (of x from the image),
+    purified (uint8 [3, h, w] as bytes), seconds (per image). Raises ValueError for kept rows of other images, another defence, seed or `config`.
     """
     if x is not None and not config.get("attack"):
         raise ValueError("x: rows do not tell how these were made; say it, as in attack=attack.settings()")
