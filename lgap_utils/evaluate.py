@@ -275,7 +275,8 @@ def purify_rows(
     x: what to purify in place of the images, e.g. adversarial ones [n, 3, h, w]; config["attack"] says how
     they were made. title: of the progress bar. Columns: index, image (digest of the pixels), label, caption,
     undefended and prediction (labels before and after purification), linf (of x from the image),
-    purified (uint8 [3, h, w] as bytes), seconds (per image). Raises ValueError for kept rows of other images, another defence, seed or `config`.
+    purified (uint8 [3, h, w] as bytes), seconds (per image).
+    Raises ValueError for kept rows of other images, another defence, seed or `config`.
     """
     if x is not None and not config.get("attack"):
         raise ValueError("x: rows do not tell how these were made; say it, as in attack=attack.settings()")
