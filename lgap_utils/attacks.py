@@ -56,10 +56,13 @@ class View(Frozen):
 
     def purify(self, x: Tensor, keys: Keys) -> Tensor:
         """Purified images [len(keys), 3, h, w]: each of x as often as it has keys."""
-        captions = None
-        if self.captions is not None:
-            captions = [self.captions[index] for index in keys.indices[:: len(keys) // len(x)]]
-        return self.defense.purify(x, captions, keys)
+        return self.defense.purify(x, self.captions_of(x, keys), keys)
+
+    def captions_of(self, x: Tensor, keys: Keys) -> list[str]:
+        """The frozen captions of images x, or new ones."""
+        if self.captions is None:
+            return self.defense.caption(x)
+        return [self.captions[index] for index in keys.indices[:: len(keys) // len(x)]]
 
     def captioned(self, x: Tensor, indices: Sequence[int | str]) -> View:
         """This view, its captions frozen to those of x. Raises ValueError if an index has two of them."""
@@ -258,6 +261,8 @@ def gradient(
     image in a call. labels: all labels whose range is checked; None: y.
     Raises ValueError for a label that is no class of the model.
     """
+    if hasattr(model, "gradient") and keys is not None:  # a view that aims at something else than logits
+        return model.gradient(x, y, keys, n_eot)
     if not isinstance(model, View):
         n_eot = 1
     elif n_eot > 1 and model.captions is None and keys is not None:  # one caption for all draws of a step

@@ -226,8 +226,7 @@ class LatentPurifier(nn.Module):
             text = torch.cat([self.embed([self.negative_prompt]).expand_as(text), text])
 
         z = self.recomputed(self.encode, self.at_working_size(x), keys)
-        noise = keys.normal(z.shape[1:], "noise").to(z)
-        z = self.scheduler.add_noise(z, noise, torch.full((len(z),), t_noise, device=z.device))
+        z = self.noised(z, keys, t_noise)
         if trace is not None:
             trace.add(t_noise, z)
         for t in times:
@@ -265,6 +264,11 @@ class LatentPurifier(nn.Module):
             std = posterior.std.to(x).repeat_interleave(n_draws, 0)
             z = z + std * keys.normal(z.shape[1:], "posterior").to(z)
         return z * self.vae.config.scaling_factor
+
+    def noised(self, z: Tensor, keys: Keys, t: int) -> Tensor:
+        """z_t of z_0, with each key's own noise."""
+        noise = keys.normal(z.shape[1:], "noise").to(z)
+        return self.scheduler.add_noise(z, noise, torch.full((len(z),), t, device=z.device))
 
     def step(self, z: Tensor, t: int, text: Tensor) -> tuple[Tensor, Tensor]:
         """One DDIM step z_t -> z_{t'}: (z_{t'}, the z_0 it expects).

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .data import classes_of
@@ -91,6 +92,28 @@ class Captioner(nn.Module):
         std = torch.tensor(processor.image_std, device=pixels.device).view(1, 3, 1, 1)
         # bicubic interpolation overshoots, which 8-bit images cannot
         return ((pixels.clamp(0, 1) - mean) / std).to(weight.device, weight.dtype)
+
+    def log_likelihood(self, x: Tensor, texts: list[str]) -> Tensor:
+        """Mean log-likelihood of a token of each text, given the image and the prompt: [n], differentiable.
+
+        x: one image for each text, or one for all.
+        """
+        text_config = self.model.config.text_config
+        tokens = self.processor.tokenizer(
+            [f"{self.prompt} {t}" for t in texts], padding=True, return_tensors="pt"
+        )
+        n_prompt = len(self.processor.tokenizer(self.prompt).input_ids) - 1  # without its end token
+        pixels = self.pixel_values(x)
+        ids, mask = tokens.input_ids.to(pixels.device), tokens.attention_mask.to(pixels.device)
+        ids[:, 0] = text_config.bos_token_id
+        labels = ids.masked_fill(mask == 0, -100)
+        labels[:, :n_prompt] = -100
+        seen = self.model.vision_model(pixel_values=pixels)[0].expand(len(texts), -1, -1)
+        logits = self.model.text_decoder(
+            input_ids=ids, attention_mask=mask, encoder_hidden_states=seen
+        ).logits
+        loss = F.cross_entropy(logits[:, :-1].transpose(1, 2).float(), labels[:, 1:], reduction="none")
+        return -loss.sum(1) / (labels[:, 1:] != -100).sum(1)
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> list[str]:

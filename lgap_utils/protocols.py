@@ -11,13 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checks
-from .attacks import PGD, VIEWS, Record, blind, pgd
+from . import attacks, checks
+from .attacks import PGD, Record, blind, pgd
 from .autoattack import autoattack
 from .batches import BatchSize, call_in_batches
 from .defense import LGAP
 from .noise import Keys
+from .surrogates import caption, joint, one_step, vae
 
+VIEWS = attacks.VIEWS | {"vae": vae, "one step": one_step, "caption": caption, "joint": joint}
+# views without the purifier, or with a part of it alone
+CHEAP_VIEWS = ("blind", "vae", "caption")
 PGD_ONLY = ("known_noise", "masked", "any_step", "n_restarts", "average")
 
 
@@ -31,7 +35,7 @@ class Attack:
 
     name: str  # what a table calls it
     optimiser: str = "pgd"  # "none", "pgd", "autoattack" or "square"
-    view: str = "blind"  # what the attacker sees: "blind", "bpda" or "full"
+    view: str = "blind"  # what the attacker sees, one of VIEWS
     eps_255: float = 8  # L-inf radius in 1/255
     step_size_255: float = 2  # paper silent: Yoon et al.'s step
     n_steps: int = 40  # for "square": queries; for "autoattack": APGD's, whose own number is 100
@@ -81,7 +85,9 @@ class Attack:
                 record.broke_at, record.bad_gradients, record.flags = [-1] * n, [0] * n, [""] * n
             return x.clone()
         model = VIEWS[self.view](defense)
-        if self.captions == "clean" and self.view != "blind":
+        if isinstance(model, caption):
+            model = model.aimed(x, y, keys.indices)
+        elif self.captions == "clean" and self.view != "blind":
             model = model.captioned(x, keys.indices)
         settings: dict[str, Any] = {"keys": keys, "record": record, "progress": progress}
         if self.optimiser == "pgd":
@@ -125,7 +131,9 @@ class Attack:
         words = [self._describe_optimiser(), f"eps {self.eps_255:g}/255", self.view]
         if self.optimiser == "pgd":
             words += self._describe_pgd()
-        if self.view != "blind":
+        if self.view == "caption":
+            words.append("towards the likeliest wrong class")
+        elif self.view not in ("blind", "vae"):
             words.append("captions anew" if self.captions == "anew" else "caption of the clean image")
         return "; ".join(words)
 
@@ -159,11 +167,12 @@ class Attack:
 
     def purifications(self) -> tuple[int, int]:
         """(forward only, with a gradient) for one image, the defence's share of the cost; at most."""
-        if self.view == "blind" or self.optimiser == "none":
+        if self.view in CHEAP_VIEWS or self.optimiser == "none":
             return 0, 0
         calls = {"pgd": self._pgd().n_looks, "square": self.n_steps, "autoattack": 2 * self.n_steps}
         n_draws = calls[self.optimiser] * self.n_eot
-        return (0, n_draws) if self.view == "full" and self.optimiser != "square" else (n_draws, 0)
+        forward_only = self.view == "bpda" or self.optimiser == "square"
+        return (n_draws, 0) if forward_only else (0, n_draws)
 
     def whole(self, n: int) -> int:
         """n images, rounded up to whole blocks: AutoAttack does no part of one."""
@@ -192,6 +201,12 @@ _ATTACKS = [
     Attack("PGD-20+EOT, full gradient, clean caption", view="full", n_steps=20, n_eot=5, captions="clean"),
     Attack("PGD-20, full gradient, known noise", view="full", n_steps=20, known_noise=True),
     Attack("Square", optimiser="square", view="full", n_steps=100, n_eot=4),
+    # cheap surrogates of the purifier; the captioner as a target, alone and with the full gradient
+    Attack("PGD-20, VAE surrogate", view="vae", n_steps=20),
+    Attack("PGD-20, one-step surrogate", view="one step", n_steps=20),
+    Attack("PGD-20 on the caption", view="caption", n_steps=20),
+    Attack("PGD-20, full gradient", view="full", n_steps=20, n_eot=2),
+    Attack("PGD-20, joint", view="joint", n_steps=20, n_eot=2),
     Attack("AutoAttack rand", optimiser="autoattack", view="full", version="rand", n_steps=100, n_eot=20),
 ]
 ATTACKS = {attack.name: attack for attack in _ATTACKS}

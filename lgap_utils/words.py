@@ -48,5 +48,10 @@ def names_class(caption: str, class_name: str) -> bool:
     class_name: names separated by commas, words by spaces, hyphens or underscores ("white shark, man-eater").
     """
     text = f" {_words(caption)} "
+    return any(f" {name} " in text for name in class_names(class_name))
+
+
+def class_names(class_name: str) -> list[str]:
+    """The names of a class in plain words, its own first, then its `SYNONYMS`; see `names_class`."""
     names = [_words(name) for name in (*class_name.split(","), *SYNONYMS.get(class_name, ()))]
-    return any(f" {name} " in text for name in names if name)
+    return [name for name in names if name]

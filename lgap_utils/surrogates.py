@@ -1,0 +1,109 @@
+"""Views beyond the paper's: cheap surrogates of the purifier, the captioner as a target, and both at once.
+
+A surrogate view is differentiated in place of the defence, which is then judged as always. `caption` moves an
+image until BLIP says another class; `joint` does so while it follows the full gradient.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .attacks import SCALE, View, full, gradient
+from .images import resize
+from .noise import Keys
+from .words import class_names
+
+# ---------------------------------------------------------------- surrogates of the purifier
+
+
+class vae(View):
+    """The gradient through the autoencoder alone: encoded and decoded, no noise, no denoising."""
+
+    def forward(self, x: Tensor, keys: Keys) -> Tensor:
+        p = self.defense.purifier
+        decoded = p.decode(p.encode(p.at_working_size(x), keys))
+        return self.defense.classify(resize(decoded, x.shape[-2:], p.antialias).to(x), keys)
+
+
+class one_step(View):
+    """The gradient through one denoiser call without guidance: the image that the first step expects."""
+
+    def forward(self, x: Tensor, keys: Keys) -> Tensor:
+        p, n_draws = self.defense.purifier, len(keys) // len(x)
+        captions = self.captions_of(x, keys)
+        t_noise, times = p.schedule()
+        z = p.noised(p.encode(p.at_working_size(x), keys), keys, t_noise)
+        with p.using(guidance_scale=1.0):
+            expected = p.step(z, times[0], p.embed(captions).repeat_interleave(n_draws, 0))[1]
+        return self.defense.classify(resize(p.decode(expected), x.shape[-2:], p.antialias).to(x), keys)
+
+
+# ---------------------------------------------------------------- the captioner as a target
+
+
+class caption(View):
+    """Aims at the captioner alone: ascends the log-likelihood of a caption with a wrong class.
+
+    The target is the clean image's caption with its class word replaced by the wrong class word that the
+    captioner finds most likely there; "a CLASS" where the caption names no class. `aimed` chooses it.
+    """
+
+    targets: dict[int | str, str]
+
+    def aimed(self, x: Tensor, y: Tensor, indices: Sequence[int | str]) -> caption:
+        """This view with the targets of images x [n, 3, h, w] with labels y [n]."""
+        view = copy.copy(self)
+        view.targets = {}
+        for image, label, index, text in zip(x, y.tolist(), indices, self.defense.caption(x.clone())):
+            view.targets[index] = wrong_caption(self.defense, image, text, label)
+        return view
+
+    def gradient(self, x: Tensor, y: Tensor, keys: Keys, n_eot: int) -> tuple[Tensor, list[bool]]:
+        """The gradient of the mean token log-likelihood of the targets; the captioner draws no noise.
+
+        The caption that is generated is not looked at, so no image counts as broken on the way.
+        """
+        leaf = x.detach().clone().requires_grad_(True)
+        texts = [self.targets[index] for index in keys.indices[::n_eot]]
+        likelihood = self.defense.captioner.log_likelihood(leaf, texts)
+        (slope,) = torch.autograd.grad(SCALE * likelihood.sum(), leaf)
+        return slope / SCALE, [True] * len(x)
+
+
+class joint(caption):
+    """Both at once: the sum of the full gradient and of `caption`'s, each divided by its L1 norm."""
+
+    def gradient(self, x: Tensor, y: Tensor, keys: Keys, n_eot: int) -> tuple[Tensor, list[bool]]:
+        of_caption, _ = super().gradient(x, y, keys, n_eot)
+        of_defense, right = gradient(full(self.defense), x, y, keys, n_eot)
+        return _unit(of_caption) + _unit(of_defense), right
+
+
+def _unit(grad: Tensor) -> Tensor:
+    """Each image's gradient divided by its L1 norm; zero stays zero."""
+    norm = grad.flatten(1).abs().sum(1).view(-1, 1, 1, 1)
+    return torch.where(norm > 0, grad / norm, 0)
+
+
+def wrong_caption(defense, image: Tensor, text: str, label: int) -> str:
+    """The target of `caption` for one image [3, h, w] whose caption is `text`."""
+    candidates = []
+    for k, class_name in enumerate(defense.classes):
+        if k != label:
+            candidates.append(with_class(text, defense.classes, class_names(class_name)[0]))
+    with torch.no_grad():
+        likelihood = defense.captioner.log_likelihood(image[None], candidates)
+    return candidates[int(likelihood.argmax())]
+
+
+def with_class(text: str, classes: Sequence[str], name: str) -> str:
+    """`text` with the first class name in it replaced by `name`; "a NAME" where it holds none."""
+    names = sorted((n for each in classes for n in class_names(each)), key=len, reverse=True)
+    pattern = "|".join(rf"\b{re.escape(n)}\b" for n in names)
+    new, n_replaced = re.subn(pattern, name, text, count=1)
+    return new if n_replaced else f"a {name}"
