@@ -225,8 +225,7 @@ class LatentPurifier(nn.Module):
         if self.guidance_scale != 1:
             text = torch.cat([self.embed([self.negative_prompt]).expand_as(text), text])
 
-        z = self.recomputed(self.encode, self.at_working_size(x), keys)
-        z = self.noised(z, keys, t_noise)
+        z = self.noised(self.recomputed(self.encode, self.at_working_size(x), keys), keys, t_noise)
         if trace is not None:
             trace.add(t_noise, z)
         for t in times:
@@ -243,8 +242,9 @@ class LatentPurifier(nn.Module):
             captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
         )
         full = self.tokenizer(captions, truncation=False, verbose=False).input_ids
-        if cut := sum(len(ids) > length for ids in full):
-            self.truncated += cut
+        cut = sum(len(ids) > length for ids in full)
+        self.truncated += cut
+        if cut:
             warnings.warn(f"{cut} of {len(full)} captions were cut to the text encoder's {length} tokens")
         with torch.no_grad():
             return self.text_encoder(tokens.input_ids.to(self.device)).last_hidden_state
@@ -311,15 +311,9 @@ class LatentPurifier(nn.Module):
         finally:
             self._set(old)
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the networks' weights."""
-        return next(self.unet.parameters()).dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Of the networks' weights."""
-        return next(self.unet.parameters()).device
+    # of the networks' weights
+    dtype = property(lambda self: next(self.unet.parameters()).dtype)
+    device = property(lambda self: next(self.unet.parameters()).device)
 
     @property
     def denoiser_calls(self) -> int:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .attacks import SCALE, View, full, gradient
+from .defense import LGAP, LatentPurifier
 from .images import resize
 from .noise import Keys
 from .words import class_names
@@ -21,7 +22,19 @@ from .words import class_names
 # ---------------------------------------------------------------- surrogates of the purifier
 
 
-class vae(View):
+class Surrogate(View):
+    """A view through a part of a `LatentPurifier`. Raises TypeError for a defence with another purifier."""
+
+    def __init__(self, defense: LGAP, captions: dict[int | str, str] | None = None):
+        super().__init__(defense, captions)
+        if not isinstance(defense.purifier, LatentPurifier):
+            kind = type(defense.purifier).__name__
+            raise TypeError(
+                f"purifier: a surrogate is a part of a LatentPurifier, got {kind}; take bpda or full"
+            )
+
+
+class vae(Surrogate):
     """The gradient through the autoencoder alone: encoded and decoded, no noise, no denoising."""
 
     def forward(self, x: Tensor, keys: Keys) -> Tensor:
@@ -30,7 +43,7 @@ class vae(View):
         return self.defense.classify(resize(decoded, x.shape[-2:], p.antialias).to(x), keys)
 
 
-class one_step(View):
+class one_step(Surrogate):
     """The gradient through one denoiser call without guidance: the image that the first step expects."""
 
     def forward(self, x: Tensor, keys: Keys) -> Tensor:
@@ -54,6 +67,18 @@ class caption(View):
     """
 
     targets: dict[int | str, str]
+
+    def __init__(self, defense: LGAP, captions: dict[int | str, str] | None = None):
+        super().__init__(defense, captions)
+        if not hasattr(defense.captioner, "log_likelihood"):
+            kind = type(defense.captioner).__name__
+            raise TypeError(
+                f"captioner: expected one with log_likelihood(x, texts), as models.Captioner, got {kind}"
+            )
+        if defense.classes is None:
+            raise ValueError(
+                "classes: the defence does not name them, so no wrong class can be put into a caption"
+            )
 
     def aimed(self, x: Tensor, y: Tensor, indices: Sequence[int | str]) -> caption:
         """This view with the targets of images x [n, 3, h, w] with labels y [n]."""
@@ -90,12 +115,12 @@ def _unit(grad: Tensor) -> Tensor:
     return torch.where(norm > 0, grad / norm, 0)
 
 
-def wrong_caption(defense, image: Tensor, text: str, label: int) -> str:
+def wrong_caption(defense: LGAP, image: Tensor, text: str, label: int) -> str:
     """The target of `caption` for one image [3, h, w] whose caption is `text`."""
     candidates = []
-    for k, class_name in enumerate(defense.classes):
+    for k, class_name in enumerate(defense.classes or ()):
         if k != label:
-            candidates.append(with_class(text, defense.classes, class_names(class_name)[0]))
+            candidates.append(with_class(text, defense.classes or (), class_names(class_name)[0]))
     with torch.no_grad():
         likelihood = defense.captioner.log_likelihood(image[None], candidates)
     return candidates[int(likelihood.argmax())]

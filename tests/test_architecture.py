@@ -22,7 +22,7 @@ FLOORS = (
     ("hub", "images"),
     ("data_files", "loading", "rows", "train", "defense"),
     ("imagenet", "zoo", "baselines", "attacks"),
-    ("data", "autoattack"),
+    ("data", "autoattack", "surrogates"),
     ("models", "protocols"),
     ("evaluate", "tables"),
     ("experiment", "verdicts", "figures"),
@@ -79,7 +79,7 @@ def lines_of(files: list[Path]) -> int:
 
 
 def test_the_package_and_the_tools_stay_thin():
-    assert lines_of(PACKAGE) <= 5800
+    assert lines_of(PACKAGE) <= 6000
     assert lines_of([file for file in SOURCES if file.parent.name == "tools"]) <= 1500
 
 
