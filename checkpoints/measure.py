@@ -67,7 +67,7 @@ def _flags(
     psnr, true_captions = [], captions_of(images)
     for rows in torch.arange(len(x)).split(profile.batch_size):
         batch, y, keys = x[rows].to(device), images.labels[rows], Keys(images.indices[rows], profile.seed)
-        trip = defense.purifier.decode(defense.purifier.encode(batch, keys))
+        trip = defense.purifier.round_trip(batch, keys)
         captions = defense.caption(batch)
         true = [true_captions[i] for i in rows.tolist()]
         purified = [defense.purify(batch, texts, keys) for texts in (captions, true)]

@@ -50,6 +50,9 @@ class View(Frozen):
     anew at every call.
     """
 
+    # of a view that aims at something else than logits; arguments and result as those of `gradient` below
+    gradient: Callable[..., tuple[Tensor, list[bool]]] | None = None
+
     def __init__(self, defense: LGAP, captions: dict[int | str, str] | None = None):
         super().__init__()
         self.defense, self.captions = defense, captions
@@ -104,7 +107,7 @@ class Record:
     its own draws. PGD looks at its last iterate only with any_step or restarts.
     """
 
-    broke_at: list[int] = field(default_factory=list)  # see below; -1: never seen, or not recorded
+    broke_at: list[int] = field(default_factory=list)  # see above; -1: never seen, or not recorded
     bad_gradients: list[int] = field(default_factory=list)  # steps with a gradient of zero, or not finite
     flags: list[str] = field(default_factory=list)  # AutoAttack's own warnings
 
@@ -147,6 +150,15 @@ class PGD:
         """The next iterate: a step along the gradient's sign, and back into the ball and into [0, 1]."""
         moved = adv + self.step_size * grad.nan_to_num(0, 0, 0).sign()
         return (x + (moved - x).clamp(-self.eps, self.eps)).clamp(0, 1)
+
+    def draws(self, keys: Keys | None, walks: Sequence[Walk]) -> Keys | None:
+        """The keys of what the next step draws, n_eot for each image; keys: one for each of all images."""
+        if keys is None:
+            return None
+        own = keys[[walk.row for walk in walks]]
+        if self.known_noise:
+            return own.at([0] * len(own), self.n_eot, "defence")
+        return own.at([walk.time for walk in walks], self.n_eot)
 
     def draws_per_call(self, n_images: int, most: int) -> int:
         """Draws that `BatchSize.attempt` may halve; 1 if the call cannot be split. most: draws that fit."""
@@ -206,11 +218,7 @@ def pgd(
     y, adv, walks = y.to(x.device), p.start(x, keys), [Walk(row) for row in range(len(x))]
     while live := [walk for walk in walks if not walk.done]:
         batch = live[: max(1, room.size // p.n_eot)]
-        rows = [walk.row for walk in batch]
-        times, stage = [walk.time for walk in batch], None
-        if p.known_noise:
-            times, stage = [0] * len(rows), "defence"
-        draws = None if keys is None else keys[rows].at(times, p.n_eot, stage)
+        rows, draws = [walk.row for walk in batch], p.draws(keys, batch)
         fits, result = room.attempt(
             lambda: gradient(model, adv[rows], y[rows], draws, p.n_eot, p.average, room.size, y),
             p.draws_per_call(len(rows), room.size),
@@ -244,6 +252,18 @@ AVERAGES = ("gradient", "logits", "vote")
 SCALE = 2.0**10  # of the differentiated loss: float16 rounds less of it to 0; a power of two is exact
 
 
+def _slope(leaf: Tensor, draws: Tensor, y: Tensor, average: str, n_draws: int) -> Tensor:
+    """Gradient at `leaf` of the cross-entropy of logits [n, d, classes]: a share of the mean over n_draws."""
+    if average == "logits":
+        loss = F.cross_entropy(draws.mean(1), y, reduction="sum")
+    else:
+        labels = y.repeat_interleave(draws.shape[1])
+        loss = F.cross_entropy(draws.flatten(0, 1), labels, reduction="sum") / n_draws
+    # the second term: zero, and no error, where a purifier passes no gradient
+    (slope,) = torch.autograd.grad(SCALE * loss + 0 * leaf.sum(), leaf)
+    return slope / SCALE
+
+
 def gradient(
     model: Model,
     x: Tensor,
@@ -261,8 +281,8 @@ def gradient(
     image in a call. labels: all labels whose range is checked; None: y.
     Raises ValueError for a label that is no class of the model.
     """
-    if hasattr(model, "gradient") and keys is not None:  # a view that aims at something else than logits
-        return model.gradient(x, y, keys, n_eot)
+    if isinstance(model, View) and model.gradient is not None:
+        return model.gradient(x, y, keys, n_eot, average, batch_size)
     if not isinstance(model, View):
         n_eot = 1
     elif n_eot > 1 and model.captions is None and keys is not None:  # one caption for all draws of a step
@@ -280,13 +300,7 @@ def gradient(
             out = model(leaf.clone())
         checks.check_logits(out, len(x) * n, y if labels is None else labels)
         draws = out.view(len(x), n, -1)
-        if average == "logits":
-            loss = F.cross_entropy(draws.mean(1), y, reduction="sum")
-        else:
-            loss = F.cross_entropy(out, y.repeat_interleave(n), reduction="sum") / (1 if vote else n_eot)
-        # the second term: zero, and no error, where a purifier passes no gradient
-        (slope,) = torch.autograd.grad(SCALE * loss + 0 * leaf.sum(), leaf)
-        slope = slope / SCALE
+        slope = _slope(leaf, draws, y, average, 1 if vote else n_eot)
         grad += slope.view(len(x), n, *x.shape[1:]).sign().sum(1) if vote else slope
         logits = logits + draws.detach().sum(1)
     return grad, (logits.argmax(1) == y).tolist()

@@ -85,12 +85,8 @@ def jpeg(quality: int) -> Purifier:
 def vae_round_trip(purifier: LatentPurifier) -> Purifier:
     """A LatentPurifier's autoencoder alone: nothing is added or denoised. Raises TypeError for another."""
     _check_latent(purifier)
-
-    def function(x, keys):
-        decoded = purifier.decode(purifier.encode(purifier.at_working_size(x), keys))
-        return resize(decoded, x.shape[-2:], purifier.antialias).to(x)
-
-    return Purifier(function, random=purifier.vae_sample, made_of=purifier, purifier="VAE round trip")
+    random = purifier.vae_sample
+    return Purifier(purifier.round_trip, random=random, made_of=purifier, purifier="VAE round trip")
 
 
 def without_caption(purifier: LatentPurifier) -> Purifier:

@@ -33,8 +33,7 @@ def check_numbers(most: float, **numbers: Any) -> None:
 def check_counts(**counts: Any) -> None:
     """Refuse a number of steps, draws or the like that is no whole number of at least 1."""
     for name, value in counts.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}={value!r}: expected a whole number of at least 1")
+        check_whole(name, value)
 
 
 def check_flags(**flags: Any) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from . import checks
-from .identity import config_digest, digest, tokenizer_digest
+from .identity import changed_by_hand, config_digest, digest, tokenizer_digest
 from .images import read_image, resize, vae_pixels
 from .noise import Keys
 from .profiles import check_whole, denoising_steps
@@ -233,7 +233,15 @@ class LatentPurifier(nn.Module):
             if trace is not None:
                 with torch.no_grad():
                     trace.add(t, z, self.decode(expected.detach()))
-        return resize(self.recomputed(self.decode, z), x.shape[-2:], self.antialias).to(x)
+        return self.like(x, self.recomputed(self.decode, z))
+
+    def round_trip(self, x: Tensor, keys: Keys) -> Tensor:
+        """The autoencoder alone: x encoded and decoded, once for each key; nothing is added or denoised."""
+        return self.like(x, self.decode(self.encode(self.at_working_size(x), keys)))
+
+    def like(self, x: Tensor, images: Tensor) -> Tensor:
+        """Images of the working size at the size of x, on its device and of its type."""
+        return resize(images, x.shape[-2:], self.antialias).to(x)
 
     def embed(self, captions: Iterable[str]) -> Tensor:
         """C = tau(caption): the text encoder's last hidden states [n, tokens, width]."""
@@ -330,18 +338,5 @@ class LatentPurifier(nn.Module):
             "dtype": str(self.dtype).removeprefix("torch."),
             "networks and scheduler": digest(configs),
             "tokenizer": tokenizer_digest(self.tokenizer),
-            **self._set_by_hand(),
+            **changed_by_hand(self.scheduler, self.unet),
         }
-
-    def _set_by_hand(self) -> dict[str, Any]:
-        """What was changed of scheduler and UNet after they were made: their configurations do not say it."""
-        changed, made = {}, type(self.scheduler).from_config(self.scheduler.config)
-        alphas = [[*s.alphas_cumprod.tolist(), float(s.final_alpha_cumprod)] for s in (self.scheduler, made)]
-        if alphas[0] != alphas[1]:
-            changed["alphas_cumprod"] = digest(alphas[0])
-        free_u = []
-        for block in self.unet.up_blocks:
-            free_u.append([getattr(block, name, None) for name in ("s1", "s2", "b1", "b2")])
-        if any(values != [None] * 4 for values in free_u):
-            changed["free_u"] = free_u
-        return changed

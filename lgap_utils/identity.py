@@ -131,3 +131,17 @@ def tokenizer_digest(tokenizer: Any) -> str:
     else:
         content["words"] = tokenizer.get_vocab()
     return digest(content)
+
+
+def changed_by_hand(scheduler: Any, unet: Any) -> dict[str, Any]:
+    """What was changed of a scheduler and a UNet after they were made: their configurations do not say it."""
+    changed, made = {}, type(scheduler).from_config(scheduler.config)
+    alphas = [[*s.alphas_cumprod.tolist(), float(s.final_alpha_cumprod)] for s in (scheduler, made)]
+    if alphas[0] != alphas[1]:
+        changed["alphas_cumprod"] = digest(alphas[0])
+    free_u = []
+    for block in unet.up_blocks:
+        free_u.append([getattr(block, name, None) for name in ("s1", "s2", "b1", "b2")])
+    if any(values != [None] * 4 for values in free_u):
+        changed["free_u"] = free_u
+    return changed

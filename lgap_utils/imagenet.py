@@ -152,12 +152,17 @@ def _read_folder(folder: Path) -> tuple[list[Photograph], str, bool]:
     if (flat and in_classes) or (folder.parent / IMAGENET_SHARDS[0]).is_file():
         places = {"imagenet/val" if p.place.parent == folder else "imagenet/val/<wnid>" for p in chosen}
         source += f", read from {' and '.join(sorted(places))}"
-    for file, _, wnid in chosen:
+    _check_files(chosen)
+    return chosen, source, bool(numbered)
+
+
+def _check_files(photographs: Sequence[Photograph]) -> None:
+    """Refuse a file that cannot be read, or whose class is not known, before the first is decoded."""
+    for file, _, wnid in photographs:
         if not file.is_file() or file.stat().st_size == 0:
             raise ValueError(f"{file} is empty, or a link to nothing; copy it again")
         if wnid not in imagenet_classes()[0]:
             raise ValueError(f"{file}: its class is not known; put it into a folder named by its WordNet id")
-    return chosen, source, bool(numbered)
 
 
 def _jpegs(folder: Path, wnid: str) -> list[Photograph]:

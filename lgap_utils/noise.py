@@ -28,7 +28,7 @@ def generator(*key: object) -> torch.Generator:
 
 
 class Keys:
-    """One key per image of a batch, in `rows`; `keys[part]` and `keys + other` are `Keys` again.
+    """One key per image of a batch, in `rows`; `keys[part]` is `Keys` again.
 
     indices: one per image, whole numbers (a list, an array or a tensor) or strings.
     """
@@ -58,9 +58,6 @@ class Keys:
     def __getitem__(self, part: slice | Sequence[int]) -> Keys:
         """The keys of a slice, or of a list of places."""
         return Keys.of_rows(self.rows[part] if isinstance(part, slice) else [self.rows[i] for i in part])
-
-    def __add__(self, other: Keys) -> Keys:
-        return Keys.of_rows(self.rows + other.rows)
 
     @property
     def indices(self) -> list[int | str]:

@@ -36,10 +36,8 @@ def cache_root() -> str | None:
 
 def check_whole(name: str, value: Any, least: int = 1) -> None:
     """Raise ValueError unless `value` is a whole number >= least."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError(f"{name}={value!r}: expected a whole number")
-    if value < least:
-        raise ValueError(f"{name}={value}: expected at least {least}")
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name}={value!r}: expected a whole number of at least {least}")
 
 
 def check_real(name: str, value: Any, example: Any = 0.5) -> None:

@@ -23,6 +23,9 @@ VIEWS = attacks.VIEWS | {"vae": vae, "one step": one_step, "caption": caption, "
 # views without the purifier, or with a part of it alone
 CHEAP_VIEWS = ("blind", "vae", "caption")
 PGD_ONLY = ("known_noise", "masked", "any_step", "n_restarts", "average")
+# {view: the fields that it has no use for}
+UNUSED: dict[str, tuple[str, ...]] = {"vae": ("captions",), "joint": ("captions",)}
+UNUSED["caption"] = ("captions", "n_eot", "average", "known_noise", "any_step", "n_restarts")
 
 
 @dataclass(frozen=True)
@@ -63,10 +66,20 @@ class Attack:
         checks.check_flags(masked=self.masked)
         if self.block > 1 and (self.optimiser != "autoattack" or self.view != "blind"):
             raise ValueError(f"block={self.block}: only AutoAttack on the blind view takes several images")
-        for name in PGD_ONLY:
+        if self.view in ("caption", "joint") and self.optimiser != "pgd":
+            raise ValueError(
+                f"optimiser={self.optimiser!r}: only the optimiser 'pgd' has the view {self.view!r}"
+            )
+        if self.optimiser != "pgd":
+            self._refuse(PGD_ONLY, f"only the optimiser 'pgd' has it, not {self.optimiser!r}")
+        self._refuse(UNUSED.get(self.view, ()), f"the view {self.view!r} has no use for it")
+
+    def _refuse(self, names: tuple[str, ...], why: str) -> None:
+        """Raise ValueError for a field of these that is not at its default."""
+        for name in names:
             value = getattr(self, name)
-            if self.optimiser != "pgd" and value != getattr(Attack, name):
-                raise ValueError(f"{name}={value!r}: only the optimiser 'pgd' has it, not {self.optimiser!r}")
+            if value != getattr(Attack, name):
+                raise ValueError(f"{name}={value!r}: {why}")
 
     def __call__(
         self,
@@ -153,7 +166,7 @@ class Attack:
 
     def _describe_pgd(self) -> list[str]:
         words = []
-        if self.view != "blind":
+        if self.view not in ("blind", "caption"):
             average = "vote of signs" if self.average == "vote" else f"mean {self.average}"
             draws = "1 draw" if self.n_eot == 1 else f"{self.n_eot} draws, {average}"
             words.append(draws + (", the defender's own" if self.known_noise else ""))

@@ -9,13 +9,14 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .attacks import SCALE, View, full, gradient
+from .batches import call_in_batches
 from .defense import LGAP, LatentPurifier
-from .images import resize
 from .noise import Keys
 from .words import class_names
 
@@ -38,9 +39,7 @@ class vae(Surrogate):
     """The gradient through the autoencoder alone: encoded and decoded, no noise, no denoising."""
 
     def forward(self, x: Tensor, keys: Keys) -> Tensor:
-        p = self.defense.purifier
-        decoded = p.decode(p.encode(p.at_working_size(x), keys))
-        return self.defense.classify(resize(decoded, x.shape[-2:], p.antialias).to(x), keys)
+        return self.defense.classify(self.defense.purifier.round_trip(x, keys), keys)
 
 
 class one_step(Surrogate):
@@ -53,7 +52,7 @@ class one_step(Surrogate):
         z = p.noised(p.encode(p.at_working_size(x), keys), keys, t_noise)
         with p.using(guidance_scale=1.0):
             expected = p.step(z, times[0], p.embed(captions).repeat_interleave(n_draws, 0))[1]
-        return self.defense.classify(resize(p.decode(expected), x.shape[-2:], p.antialias).to(x), keys)
+        return self.defense.classify(p.like(x, p.decode(expected)), keys)
 
 
 # ---------------------------------------------------------------- the captioner as a target
@@ -68,8 +67,8 @@ class caption(View):
 
     targets: dict[int | str, str]
 
-    def __init__(self, defense: LGAP, captions: dict[int | str, str] | None = None):
-        super().__init__(defense, captions)
+    def __init__(self, defense: LGAP):
+        super().__init__(defense)
         if not hasattr(defense.captioner, "log_likelihood"):
             kind = type(defense.captioner).__name__
             raise TypeError(
@@ -88,10 +87,11 @@ class caption(View):
             view.targets[index] = wrong_caption(self.defense, image, text, label)
         return view
 
-    def gradient(self, x: Tensor, y: Tensor, keys: Keys, n_eot: int) -> tuple[Tensor, list[bool]]:
+    def gradient(self, x: Tensor, y: Tensor, keys: Keys, n_eot: int, *how: Any) -> tuple[Tensor, list[bool]]:
         """The gradient of the mean token log-likelihood of the targets; the captioner draws no noise.
 
-        The caption that is generated is not looked at, so no image counts as broken on the way.
+        Arguments as those of `attacks.gradient`. The caption that is generated is not looked at, so no image
+        counts as broken on the way.
         """
         leaf = x.detach().clone().requires_grad_(True)
         texts = [self.targets[index] for index in keys.indices[::n_eot]]
@@ -103,9 +103,9 @@ class caption(View):
 class joint(caption):
     """Both at once: the sum of the full gradient and of `caption`'s, each divided by its L1 norm."""
 
-    def gradient(self, x: Tensor, y: Tensor, keys: Keys, n_eot: int) -> tuple[Tensor, list[bool]]:
+    def gradient(self, x: Tensor, y: Tensor, keys: Keys, n_eot: int, *how: Any) -> tuple[Tensor, list[bool]]:
         of_caption, _ = super().gradient(x, y, keys, n_eot)
-        of_defense, right = gradient(full(self.defense), x, y, keys, n_eot)
+        of_defense, right = gradient(full(self.defense), x, y, keys, n_eot, *how)
         return _unit(of_caption) + _unit(of_defense), right
 
 
@@ -117,18 +117,19 @@ def _unit(grad: Tensor) -> Tensor:
 
 def wrong_caption(defense: LGAP, image: Tensor, text: str, label: int) -> str:
     """The target of `caption` for one image [3, h, w] whose caption is `text`."""
-    candidates = []
-    for k, class_name in enumerate(defense.classes or ()):
-        if k != label:
-            candidates.append(with_class(text, defense.classes or (), class_names(class_name)[0]))
+    names = [class_names(name)[0] for k, name in enumerate(defense.classes or ()) if k != label]
+    candidates = with_class(text, defense.classes or (), names)
+    likelihood = defense.captioner.log_likelihood
     with torch.no_grad():
-        likelihood = defense.captioner.log_likelihood(image[None], candidates)
-    return candidates[int(likelihood.argmax())]
+        found = call_in_batches(lambda p: likelihood(image[None], candidates[p]), len(candidates), 64)
+    return candidates[int(torch.cat(found).argmax())]
 
 
-def with_class(text: str, classes: Sequence[str], name: str) -> str:
-    """`text` with the first class name in it replaced by `name`; "a NAME" where it holds none."""
-    names = sorted((n for each in classes for n in class_names(each)), key=len, reverse=True)
-    pattern = "|".join(rf"\b{re.escape(n)}\b" for n in names)
-    new, n_replaced = re.subn(pattern, name, text, count=1)
-    return new if n_replaced else f"a {name}"
+def with_class(text: str, classes: Sequence[str], names: Sequence[str]) -> list[str]:
+    """`text` with the first class name in it replaced by each of the names; "a NAME" where it holds none."""
+    known = sorted({name for each in classes for name in class_names(each)}, key=len, reverse=True)
+    pattern = "|".join(re.escape(name).replace(r"\ ", "[ _-]") for name in known)
+    match = re.search(rf"\b({pattern})\b", text, re.IGNORECASE)
+    if not match:
+        return [f"a {name}" for name in names]
+    return [text[: match.start()] + name + text[match.end() :] for name in names]

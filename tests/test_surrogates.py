@@ -11,7 +11,7 @@ from lgap_utils.data import load_images
 from lgap_utils.defense import LGAP
 from lgap_utils.models import load_defense
 from lgap_utils.noise import Keys
-from lgap_utils.protocols import get_attack
+from lgap_utils.protocols import Attack, get_attack
 from lgap_utils.words import names_class
 
 
@@ -75,11 +75,39 @@ def test_the_one_step_surrogate_is_what_one_denoiser_call_expects(toy):
         ("a red cat on a mat", "a red dog on a mat"),
         ("a red kitten on a cat", "a red dog on a cat"),
         ("catalogue of an airplane", "catalogue of an dog"),
+        ("A Cat on a mat", "A dog on a mat"),
         ("nothing that is known", "a dog"),
     ],
 )
 def test_the_class_word_of_a_caption_is_replaced(text, expected):
-    assert surrogates.with_class(text, ("cat", "dog", "airplane"), "dog") == expected
+    assert surrogates.with_class(text, ("cat", "dog", "airplane"), ["dog"]) == [expected]
+
+
+def test_a_class_of_several_words_is_replaced_however_it_is_joined():
+    for text in ("a red pickup truck", "a red pickup-truck", "a red Pickup"):
+        assert surrogates.with_class(text, ("pickup_truck", "train"), ["train", "bus"]) == [
+            "a red train",
+            "a red bus",
+        ]
+
+
+@pytest.mark.parametrize(
+    "settings, says",
+    [
+        ({"view": "caption", "optimiser": "square"}, "optimiser='square': only the optimiser 'pgd'"),
+        ({"view": "joint", "optimiser": "autoattack"}, "only the optimiser 'pgd' has the view 'joint'"),
+        ({"view": "caption", "n_eot": 2}, "n_eot=2: the view 'caption' has no use for it"),
+        ({"view": "caption", "average": "vote"}, "average='vote': the view 'caption' has no use for it"),
+        ({"view": "caption", "any_step": True}, "any_step=True: the view"),
+        ({"view": "caption", "n_restarts": 2}, "n_restarts=2: the view"),
+        ({"view": "caption", "known_noise": True}, "known_noise=True: the view"),
+        ({"view": "joint", "captions": "clean"}, "captions='clean': the view 'joint' has no use for it"),
+        ({"view": "vae", "captions": "clean"}, "captions='clean': the view 'vae' has no use for it"),
+    ],
+)
+def test_a_field_that_a_view_would_ignore_is_refused(settings, says):
+    with pytest.raises(ValueError, match=says):
+        Attack("mine", **settings)
 
 
 def test_targets_name_a_wrong_class_and_are_kept_by_index(toy):

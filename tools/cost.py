@@ -20,12 +20,14 @@ import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import matplotlib.pyplot as plt
 import pandas as pd
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers.utils import logging
 
 import lgap_utils
@@ -46,10 +48,7 @@ SHOWN = 8  # made-up rows of a call, however many images it is about
 GRADIENT = 3  # a gradient costs about two more passes than a purification, as in Evaluation.plan
 STAND_IN = {"captioner": TOY.captioner, "diffusion": TOY.diffusion, "classifier": TOY.classifier}
 STAND_IN |= {"dtype": "float32", "variant": "", "needs_gpu": False}
-# GFLOP of the true-size models (FlopCounterMode), by working size in pixels. At 64: as in paper/speed.csv.
-UNET = {64: 13.6, 128: 45.8, 224: 140, 256: 180, 384: 423, 512: 803}  # one denoiser call
-CODING = {64: 82, 128: 249, 224: 711, 256: 922, 384: 2053, 512: 3659}  # VAE there and back, and two texts
-CAPTION = 173  # BLIP-base, three beams
+PRICED = "captioner diffusion size strength num_inference_steps num_beams max_length".split()
 # FLOP/s that are assumed: 50 % and 20 % of the 790e12 that an H100 or H200 reaches in bfloat16
 RATES = (395e12, 158e12)
 
@@ -117,21 +116,9 @@ class Tally:
                 rows += [(index, name, draw) for draw in range(evaluation.draws_of(defense))]
         table = pd.DataFrame(rows, columns=["index", "defence", "draw"])
         of_attack = {name: getattr(attack, name) for name in ("eps_255", "n_steps", "n_eot", "success")}
-        blank = {
-            "label": 0,
-            "clean": 0,
-            "adversarial": 0,
-            "caption": "a picture",
-            "caption_clean": "a picture",
-        }
-        blank |= {
-            "linf": 0.0,
-            "inside": True,
-            "broke_at": -1,
-            "bad_gradients": 0,
-            "flags": "",
-            "seconds": 0.0,
-        }
+        blank: dict[str, Any] = {"label": 0, "clean": 0, "adversarial": 0, "linf": 0.0, "inside": True}
+        blank |= {"caption": "a picture", "caption_clean": "a picture", "flags": "", "seconds": 0.0}
+        blank |= {"broke_at": -1, "bad_gradients": 0}
         return table.assign(attack=attack.name, **of_attack, **blank)
 
 
@@ -226,6 +213,35 @@ def timed(profile: Profile, n: int = 8) -> Prices:
     return prices
 
 
+@torch.no_grad()
+def flops_of(profile: Profile) -> dict[str, int]:
+    """FLOPs of a caption, of coding an image (VAE there and back, two texts) and of a denoiser call.
+
+    Counted on networks of the published configurations, without weights. A caption as if no beam ended early.
+    """
+    from tools.bench import networks
+
+    def count(call: Callable[[], object]) -> int:
+        with FlopCounterMode(display=False) as counter:
+            call()
+        return counter.get_total_flops()
+
+    n_beams, n_tokens, size = profile.num_beams, profile.max_length, profile.size
+    with torch.device("meta"):
+        made: dict[str, Any] = networks()
+        unet, vae, blip = made["unet"], made["vae"], made["captioner"]
+        x, z = torch.empty(1, 3, size, size), torch.empty(1, 4, size // 8, size // 8)
+        photo, seen = torch.empty(1, 3, 384, 384), torch.empty(n_beams, 577, 768)
+        text, tokens = torch.empty(1, 77, 768), torch.zeros(2, 77, dtype=torch.long)
+        words = torch.zeros(n_beams, n_tokens, dtype=torch.long)
+        look = count(lambda: blip.vision_model(photo))
+        return {
+            "captions": look + count(lambda: blip.text_decoder(input_ids=words, encoder_hidden_states=seen)),
+            "images": count(lambda: (vae.encode(x), vae.decode(z), made["text_encoder"](tokens))),
+            "passes": count(lambda: unet(z, torch.tensor(1), text)),
+        }
+
+
 def price(profile: Profile) -> tuple[Prices, str]:
     """(prices, where they are from); none where the models are neither here nor of known FLOPs."""
     try:
@@ -238,12 +254,10 @@ def price(profile: Profile) -> tuple[Prices, str]:
         return timed(profile), f"timed just now on {device}: the best and the worst of 5 calls with 8 images"
     if not {profile.captioner, profile.diffusion} <= set(REVISIONS):
         return {}, "not timed: the captioner or the diffusion model is not here"
-    known = min(UNET, key=lambda size: abs(size - profile.size))
-    pixels = (profile.size / known) ** 2  # between the sizes that are known, FLOPs grow with the pixels
-    gflop = {"captions": CAPTION, "images": CODING[known] * pixels, "passes": UNET[known] * pixels}
+    flops = flops_of(profile)
     rates = " or ".join(f"{rate / 1e12:.0f}" for rate in RATES)
     where = f"computed from FLOPs, for one GPU that reaches {rates} TFLOP/s (an H100's or H200's 50 or 20 %)"
-    return {name: (1e9 * each / RATES[0], 1e9 * each / RATES[1]) for name, each in gflop.items()}, where
+    return {name: (each / RATES[0], each / RATES[1]) for name, each in flops.items()}, where
 
 
 def print_costs(plan: dict[Path, Values]) -> None:
@@ -254,18 +268,11 @@ def print_costs(plan: dict[Path, Values]) -> None:
     except (CheckpointError, ValueError) as error:  # of the models of `toy`, which stand in
         return print(f"\nwhat a run costs could not be counted: {error}")
     columns = ("captions", "forward", "gradient", "calls")
-    print(
-        f"\n{'at most':28}{'captions':>16}{'purifications':>16}{'with gradient':>16}{'calls':>16}{'time':>20}"
-    )
+    heads = "".join(f"{head:>16}" for head in ("captions", "purifications", "with gradient", "calls"))
+    print(f"\n{'at most':28}{heads}{'time':>20}")
     total, prices = [0.0, 0.0], {}
     for path, (profile, counts) in costs.items():
-        same = (
-            profile.captioner,
-            profile.diffusion,
-            profile.size,
-            profile.strength,
-            profile.num_inference_steps,
-        )
+        same = tuple(getattr(profile, name) for name in PRICED)
         if same not in prices:
             prices[same] = price(profile)
         took = [sum(counts[name] * each[k] for name, each in prices[same][0].items()) for k in (0, 1)]

@@ -152,9 +152,6 @@ def check_disk(to_fetch: list[Item]) -> Iterator[Check]:
         place = next(folder for folder in (item.place, *item.place.absolute().parents) if folder.exists())
         sizes = needs.setdefault(place.stat().st_dev, (place, []))[1]
         sizes += item.absent.values()
-        sizes += [
-            size for file, size in item.absent.items() if file == "pytorch_model.bin"
-        ]  # kept converted, too
     for place, sizes in needs.values():
         need, free = sum(size for size in sizes if size), shutil.disk_usage(place).free
         detail = f"need: {size_text(sizes)}; free at {show(place)}: {bytes_text(free)}"

@@ -84,7 +84,7 @@ def model(what: str, name: str, revision: str | None, needed: list[str]) -> Item
         return on_hub(what, name, str(revision), needed)
     present = {file for file in needed if all((folder / part).is_file() for part in shards(folder, file))}
     if (folder / "pytorch_model.bin").is_file():
-        present.add("model.safetensors")  # the captioner's loader converts it
+        present.add("model.safetensors")  # the captioner's loader reads it
     absent = []
     for file in needed:
         absent += [
