@@ -212,7 +212,8 @@ class Evaluation:
         captions, labels, softmax = [], [], []
 
         def score_part(p: slice) -> None:
-            texts, keys = defense.caption(x[p]), Keys(indices[p], self.seed).at([0] * len(x[p]), n_draws)
+            keys = Keys(indices[p], self.seed)
+            texts, keys = defense.caption(x[p], keys), keys.at([0] * len(x[p]), n_draws)
             if len(x[p]) > 1:
                 logits = defense(x[p], texts, keys)
             else:  # the draws of a single image may be taken apart, too
@@ -318,8 +319,9 @@ def purify_rows(
 def _purified(defense: LGAP, images: Images, x: torch.Tensor, seed: int) -> list[dict[str, Any]]:
     """The rows of images x [n, 3, h, w], purified together; images: those that they were made of."""
     began = time.perf_counter()
-    captions = defense.caption(x)
-    purified = defense.purify(x, captions, Keys(images.indices, seed))
+    keys = Keys(images.indices, seed)
+    captions = defense.caption(x, keys)
+    purified = defense.purify(x, captions, keys)
     undefended, prediction = (defense.classify(batch).argmax(1).tolist() for batch in (x, purified))
     pixels = (purified.cpu().clamp(0, 1) * 255).round().to(torch.uint8).numpy()
     seconds = (time.perf_counter() - began) / len(x)
