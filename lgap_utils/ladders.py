@@ -166,7 +166,8 @@ def ladder_figure(runs: Runs, profile: Profile, images: Images, defence: str = "
         row = numbers[(numbers["method"] == "LGAP") & (numbers["attack"] == attack)]
         if name in runs and why != "other data":
             marks.append((list(runs).index(name), float(row["robust"].iloc[0])))
-    title = f"Attacks on {defence}; the others judge the same images. {heading(profile)}, {profile.eps_255:g}/255, mean of {profile.n_draws} draws"
+    title = f"Attacks on {defence}; the others judge the same images. {heading(profile)}, "
+    title += f"{profile.eps_255:g}/255, mean of {profile.n_draws} draws"
     marked = "LGAP in the paper" + f", {why}" * bool(why)
     axis = "attacks, by what the attacker knows"
     return lines(accuracies(runs, images.classes, defence), ticks, axis, title, marks, marked)

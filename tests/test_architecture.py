@@ -28,6 +28,7 @@ FLOORS = (
     ("evaluate", "tables"),
     ("experiment", "verdicts", "figures"),
     ("results",),
+    ("ladders",),
 )
 
 
