@@ -52,13 +52,15 @@ class Told:
 class Purifier:
     """A purifier made of a function (x, keys) -> images, with its settings.
 
-    random: whether it draws noise. made_of: the purifier that the function uses, if any.
+    random: whether it draws noise. made_of: the purifier that the function uses, if any; it then takes
+    several keys for each image, as a LatentPurifier does.
     """
 
     def __init__(
         self, function: Callable[..., Tensor], random: bool = False, made_of: Any = None, **settings: Any
     ):
         self.function, self.random, self.made_of, self._settings = function, random, made_of, settings
+        self.takes_draws = getattr(made_of, "takes_draws", False)
 
     def settings(self) -> dict[str, Any]:
         """What it is, by name, and what it is made of; empty where its maker did not say."""
