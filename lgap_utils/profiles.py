@@ -143,7 +143,10 @@ class Profile:
     n_images: int = 512  # test images 0 .. n_images - 1
     n_adaptive: int = 512  # for attacks that run the defense once per step, and for AutoAttack in Table 4
     n_eot_images: int = 512  # for attacks that run it many times per step
-    n_full: int = 512  # for the full gradient, and for the checks of an evaluation
+    n_surrogate: int = 512  # for the gradient of a part of the purifier
+    n_full: int = 512  # for the full gradient, alone and with the attack on the caption
+    n_curve: int = 64  # for the strongest attack at other eps
+    n_controls: int = 64  # for controls, and for the checks of an evaluation
     n_rivals: int = 2048  # for AutoAttack on robust classifiers, where most images survive all of it
     n_draws: int = 10  # paper silent: noise draws of the defense that judge each image
     n_validation: int = 1000  # purified validation images for the learning curve

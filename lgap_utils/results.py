@@ -208,6 +208,9 @@ def _entry(row: Row, reported: dict[str, str]) -> dict[str, Any]:
         entry |= {f"{name}_interval": share.get("95 % interval")}
         entry |= {f"{name}_k": share.get("k"), f"{name}_n": share.get("n")}
     entry |= {"unreliable": row.get("unreliable", False), "flags": row.get("flags", "")}
+    if external := row.get("external"):  # RobustBench's word for the lowest that others' attacks have left
+        entry |= {"external": external["%"], "external_interval": external["95 % interval"]}
+        entry |= {"external_n": external["n"]}
     entry |= {"eps": row.get("eps"), "seconds": row.get("seconds")}
     if row.get("whole") and "AutoAttack" in row["protocol"]:
         entry["autoattack_acc"] = entry["robust_acc"]  # RobustBench means the deployed model, not a transfer
