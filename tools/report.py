@@ -24,8 +24,8 @@ from tools.explorer import evaluations
 from tools.runner import check_finished, duration, show
 
 PARTS = Path(__file__).parent / "pages"
-LEFT_OUT = "The data set's images are left out of a published page; a run of one's own shows them."
-HIDDEN = ("protocol", "architecture in the paper")  # columns; the first stands behind an ⓘ
+LEFT_OUT = "Images of the data set are left out of what is published; your own run shows them."
+HIDDEN = ("protocol", "architecture in the paper")  # columns; the first stands behind a mark
 SHOWS_DATA = "shows-data"  # a cell's tag: its pictures are a data set's
 
 
@@ -55,7 +55,7 @@ def facts(out: Path, name: str, notebooks: list[dict]) -> list[tuple[str, str]]:
             ("settings", ", ".join(own.values()) or "the profile's"),
             ("data", f"{DATA_SETS.get(made['settings']['dataset'])}: {made['images']}"),
             ("device", made["device"]),
-            ("commit", made["commit"] or "not known"),
+            ("commit", (made["commit"] or "not known")[:12]),
             ("software", ", ".join(f"{k} {v}" for k, v in made["versions"].items() if v)),
         ):
             found.setdefault(what, {}).setdefault(text, []).append(table)
@@ -132,6 +132,7 @@ def as_page(nb: Any) -> bytes:
         if cell.cell_type == "markdown":
             cell.source = re.sub(r"\[!\[[^\]]*\]\([^)]*\)\]\([^)]*\)", "", cell.source)  # badges
     exporter = HTMLExporter(template_name="basic", sanitize_html=True)
+    exporter.log.setLevel("ERROR")  # or it misses an alternative text at every figure
     body, _ = exporter.from_notebook_node(nb)
     body = '<p><a href="../index.html">← the run</a></p>' + body
     style = "<style>" + HtmlFormatter().get_style_defs(".highlight") + "</style>"
@@ -178,7 +179,7 @@ def build(out: Path, name: str, published: bool = False, notes: tuple[str, ...] 
         "figures": figures(out),
         "notebooks": notebooks,
         "evaluations": images,
-        "pictures": [LEFT_OUT] * (published and bool(images)) + sentences,
+        "pictures": [LEFT_OUT] * (published and any(not each["sheet"] for each in images)) + sentences,
         "facts": facts(out, name, notebooks),
     }
     names = {"run": "What was run", "checks": "Checks", "tables": "Tables", "figures": "Figures"}

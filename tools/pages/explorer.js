@@ -37,9 +37,10 @@ const SORT = {
   label: ["class", (a, b) => a.label - b.label || a.index - b.index],
 };
 const judged = (right, text) => make("span", { class: right ? "right" : "wrong" }, `${text} ${right ? "✓" : "✕"}`);
-const labels = (image, seen) => {
-  const out = make("span");
-  seen.labels.forEach((label, draw) => out.append(draw ? ", " : "", judged(label === image.label, here().classes[label])));
+const labels = (image, seen) => { // one for each draw; equal ones are counted
+  const count = new Map(), out = make("span");
+  for (const label of seen.labels) count.set(label, 1 + (count.get(label) || 0));
+  for (const [label, n] of count) out.append(out.childNodes.length ? ", " : "", judged(label === image.label, here().classes[label]), ` in ${n} of ${seen.labels.length}`);
   return out;
 };
 const caption = seen => judged(seen.named, `“${seen.caption || "(no caption)"}”`);
@@ -72,11 +73,11 @@ const card = (image, list) => {
 };
 const open = (image, list) => {
   const dialog = at("detail"), place = list.indexOf(image);
-  const step = by => make("button", { type: "button", disabled: !list[place + by], onclick: () => open(list[place + by], list) }, by < 0 ? "Previous" : "Next");
+  const step = by => make("button", { type: "button", disabled: !list[place + by], onclick: () => open(list[place + by], list) }, by < 0 ? "← Previous" : "Next →");
   const body = make("tbody", {}, ...here().rungs.map((rung, k) => {
     const seen = under(image, k), of = kind(image, seen);
     return make("tr", {}, make("td", {}, make("span", { class: `cell ${of}`, title: WORDS[of] }, SIGN[of]), ` ${rung.name}`), seen
-      ? make("td", {}, pictures(image, k) || "", line("caption:", caption(seen)), line("LGAP:", labels(image, seen)),
+      ? make("td", {}, pictures(image, k) || "", line("caption:", caption(seen)), line("LGAP, draw by draw:", seen.labels.map(label => here().classes[label]).join(", ")),
         seen.undefended === null ? null : line("undefended:", judged(seen.undefended === image.label, here().classes[seen.undefended])),
         make("details", {}, make("summary", {}, "protocol"), rung.protocol))
       : make("td", {}, "not run on this image"));
@@ -85,6 +86,7 @@ const open = (image, list) => {
     make("span", {}, step(-1), " ", step(1), " ", make("button", { type: "button", onclick: () => dialog.close() }, "Close"))),
   make("table", {}, make("thead", {}, make("tr", {}, make("th", {}, "attack"), make("th", {}, "what LGAP made of it"))), body));
   if (!dialog.open) dialog.showModal();
+  dialog.focus();
   dialog.onkeydown = event => {
     const by = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
     if (by && list[place + by]) open(list[place + by], list);
