@@ -1,4 +1,4 @@
-"""The system's Chromium, for pages that a person opens; a test that needs it is skipped where there is none."""
+"""The system's Chromium, for pages that a person opens; without one, a test that needs it is skipped."""
 
 import contextlib
 import shutil

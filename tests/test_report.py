@@ -232,5 +232,7 @@ def test_in_a_browser_captions_are_text_and_the_keyboard_is_enough(browser, out)
     assert page.inner_text("dialog strong").startswith("Image 1:")
     page.keyboard.press("Escape")
     assert not page.evaluate("document.getElementById('detail').open") and complaints == []
-    page.focus(".tip[data-tip]")
+    table = page.locator("#tables details", has_text="Table 1 (notebook 04)")
+    table.locator("summary").press("Enter")
+    table.locator(".tip").first.focus()
     assert page.evaluate("getComputedStyle(document.activeElement, '::after').content").startswith('"PGD')

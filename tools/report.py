@@ -1,6 +1,6 @@
-"""A run as one page, outputs/PROFILE/index.html, which opens from a disk: `python -m lgap_utils report PROFILE`.
+"""A run as one page, outputs/PROFILE/index.html: `python -m lgap_utils report PROFILE` makes it again.
 
-It is made from what a run kept (rows, tables, figures, results.json, executed notebooks) and runs no model.
+It opens from a disk. It is made from what a run kept (rows, tables, figures, results.json, executed notebooks) and runs no model.
 With `published`, no picture of a data set is in it.
 """
 
@@ -17,7 +17,7 @@ import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from lgap_utils.files import write_whole
-from lgap_utils.profiles import PROFILES, ROOT, get_profile
+from lgap_utils.profiles import PROFILES, get_profile
 from lgap_utils.results import check_results
 from lgap_utils.words import DATA_SETS
 from tools.explorer import evaluations
