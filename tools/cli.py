@@ -32,12 +32,13 @@ def show(checks: list[doctor.Check], width: int) -> None:
 def make_report(parser: argparse.ArgumentParser, profile: str, published: bool) -> None:
     from tools import report
     from tools.runner import PUBLISHED
+    from tools.runner import show as show_path
 
     try:
         get_profile(profile)
         folder = (PUBLISHED if published else output_root()) / profile
         with folder_lock(folder) if folder.is_dir() else contextlib.nullcontext():
-            print(report.build(folder, profile, published))
+            print(show_path(report.build(folder, profile, published)))
     except (OSError, ValueError) as error:
         parser.error(str(error))
 

@@ -1,7 +1,7 @@
 """A run as one page, outputs/PROFILE/index.html: `python -m lgap_utils report PROFILE` makes it again.
 
-It opens from a disk. It is made from what a run kept (rows, tables, figures, results.json, executed notebooks) and runs no model.
-With `published`, no picture of a data set is in it.
+It opens from a disk. It is made from what a run kept: rows, tables, figures, results.json, executed
+notebooks; no model is run. With `published`, no picture of a data set is in it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from lgap_utils.profiles import PROFILES, get_profile
 from lgap_utils.results import check_results
 from lgap_utils.words import DATA_SETS
 from tools.explorer import evaluations
-from tools.runner import check_finished, duration, show
+from tools.runner import check_finished, show
+from tools.watch import duration
 
 PARTS = Path(__file__).parent / "pages"
 LEFT_OUT = "Images of the data set are left out of what is published; your own run shows them."
@@ -195,8 +196,18 @@ def build(out: Path, name: str, published: bool = False, notes: tuple[str, ...] 
     return out / "index.html"
 
 
-def lines(out: Path) -> Iterator[str]:
-    """What a terminal says of a run that is done: the checks, and the ladder's two ends."""
+def headline(out: Path) -> Iterator[str]:
+    """Two lines on a run that is done: what LGAP keeps, and what the checks say."""
+    entries = [e for entry in check_results(out).values() for e in entry["rows"] if e["name"] == "LGAP"]
+    natural = [e for e in entries if e["clean_acc"] is not None]
+    robust = [e for e in entries if e["robust_acc"] is not None]
+    if natural and robust:
+        worst = min(robust, key=lambda e: e["robust_acc"])
+        yield (
+            f"LGAP is right on {natural[0]['clean_acc']} % of clean images (n = {natural[0]['natural_n']}), "
+            f"and on {worst['robust_acc']} % under {worst['attack']} (n = {worst['robust_n']}), "
+            "the worst that a table has."
+        )
     count = Counter(row["verdict"] for audit in audits(out) for row in audit["rows"])
     if count:
-        yield "Checks: " + ", ".join(f"{n} {verdict}" for verdict, n in sorted(count.items()))
+        yield "Checks: " + ", ".join(f"{n} {verdict}" for verdict, n in sorted(count.items())) + "."
