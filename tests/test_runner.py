@@ -442,7 +442,7 @@ with tqdm(total=8, desc='BPDA-40', unit='step', mininterval=0) as bar:
 
 def test_without_a_terminal_a_line_now_and_then_says_where_it_is(write, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(watch, "MINUTE", 0.2)
-    monkeypatch.setenv("TQDM_DISABLE", "0")
+    monkeypatch.delenv("TQDM_DISABLE")
     monkeypatch.setattr(runner, "estimate", lambda plan, known: dict.fromkeys(plan, 1000.0))
     runner.main([], write("01_first", "PROFILE = 'toy'", BAR))
     said = capsys.readouterr().out
