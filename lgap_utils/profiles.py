@@ -121,6 +121,8 @@ class Profile:
     eot_average: str = "gradient"  # paper silent: over the draws; "gradient", "logits" or "vote" (of signs)
     masked_bpda: bool = False  # an image stops moving once the classifier without purification is fooled
 
+    n_steps_full: int = 20  # of PGD through the whole purifier, or a denoising step of it
+
     # fine-tuning the classifier on purified training images (paper section 4.1)
     finetune_lr: float = 1e-3
     finetune_epochs: int = 15
