@@ -1,5 +1,7 @@
 """The page of a run: made of its rows, safe to open from a disk, the same for a keyboard and a telephone."""
 
+import base64
+import io
 import json
 import shutil
 
@@ -15,11 +17,12 @@ from lgap_utils.evaluate import folder_name
 from lgap_utils.profiles import ROOT
 from lgap_utils.protocols import NATURAL, get_attack
 from lgap_utils.rows import Rows, known_images, packed
-from tools import cli, report
+from tools import cli, notebooks, report
 
 IMAGES = data.load_images("toy", "test", 24)
 NAMES = data.classes_of("toy")
 MILD, HARD = get_attack("blind PGD-40"), get_attack("BPDA-40")
+PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
 EVIL = [
     *CAPTION,
     "</script><script>document.title = 'obeyed'</script>",
@@ -64,7 +67,7 @@ def out(tmp_path_factory):
     for part in ("tables", "figures"):
         shutil.copytree(ROOT / "outputs/published/toy" / part, out / part)
     shutil.copy(ROOT / "outputs/published/toy/results.json", out)
-    picture = new_output("display_data", {"image/png": "iVBORw0KGgo=", "text/plain": "<Figure>"})
+    picture = new_output("display_data", {"image/png": PIXEL, "text/plain": "<Figure>"})
     evil = new_output("execute_result", {"text/html": "<script>document.title='obeyed'</script>5"})
     cells = [
         new_markdown_cell("[![Open](https://example.org/a.svg)](https://example.org)\n\n# 01 A title"),
@@ -118,16 +121,36 @@ def test_a_setting_that_differs_is_named(out, tmp_path):
 
 
 def test_a_published_page_shows_drawn_scenes_but_no_picture_of_a_data_set(out, tmp_path):
-    other = shutil.copytree(out, tmp_path / "toy")
-    write_run(other / "rows/table2", NATURAL, 4, lambda i: 2, named, dataset="cifar10")
-    text = report.build(other, "toy", published=True).read_text()
-    assert report.LEFT_OUT in text and "left out" in (other / "pages/01_first.html").read_text()
-    assert (other / "pages/01_first.html").read_text().count("image/png") == 1  # the cell without the tag
-    assert sorted(file.name for file in other.glob("pages/*.png")) == [
-        "table1_and_3-blind-pgd-40.png",
-        "table1_and_3-bpda-40.png",
-        "table1_and_3-clean.png",
-    ]
+    target = tmp_path / "published"
+    for part in ("tables", "rows"):
+        shutil.copytree(out / part, target / part)
+    write_run(target / "rows/table2", NATURAL, 4, lambda i: 2, named, dataset="cifar10")
+    nb = nbformat.read(out / "notebooks/01_first.ipynb", as_version=4)
+    nb.cells[1].outputs[0].data["text/plain"] = f"{ROOT}/outputs"
+    nb.metadata.papermill["output_path"] = str(out)
+    source = tmp_path / "measured"
+    (source / "notebooks").mkdir(parents=True)
+    nbformat.write(nb, source / "notebooks/01_first.ipynb")
+    text = report.publish(source, target, "toy").read_text()
+    kept, page = (
+        (target / "notebooks/01_first.ipynb").read_text(),
+        (target / "pages/01_first.html").read_text(),
+    )
+    assert report.LEFT_OUT in text and report.LEFT_OUT in kept and report.LEFT_OUT in page
+    assert page.count("image/png") == 1 and str(ROOT) not in kept and str(tmp_path) not in kept
+    shown = [f"table1_and_3-{name}.png" for name in ("blind-pgd-40", "bpda-40", "clean")]
+    assert sorted(file.name for file in target.glob("pages/*.png")) == shown
+
+
+def test_a_stored_figure_has_fewer_colours_and_its_resolution():
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.effect_noise((60, 40), 60).convert("RGB").save(file, "png", dpi=(150, 150))
+    png = base64.b64encode(file.getvalue()).decode()
+    with Image.open(io.BytesIO(base64.b64decode(notebooks.with_palette(png)))) as small:
+        assert (small.mode, small.size, round(small.info["dpi"][0])) == ("P", (60, 40), 150)
+    assert notebooks.with_palette(notebooks.with_palette(png)) == notebooks.with_palette(png)
 
 
 def test_rows_of_other_images_have_no_picture_and_the_page_says_why(out, tmp_path):

@@ -11,30 +11,19 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from lgap_utils.files import write_whole
-from lgap_utils.profiles import PROFILES, get_profile
+from lgap_utils.profiles import PROFILES, ROOT, get_profile, output_root
 from lgap_utils.results import check_results
 from lgap_utils.words import DATA_SETS
 from tools.explorer import evaluations
+from tools.notebooks import LEFT_OUT, PARTS, as_page, published_form, render
 from tools.runner import check_finished, show
 from tools.watch import duration
 
-PARTS = Path(__file__).parent / "pages"
-LEFT_OUT = "Images of the data set are left out of what is published; your own run shows them."
 HIDDEN = ("protocol", "architecture in the paper")  # columns; the first stands behind a mark
-SHOWS_DATA = "shows-data"  # a cell's tag: its pictures are a data set's
-
-
-def render(template: str, **values: Any) -> bytes:
-    """A page from tools/pages, all of whose text is escaped."""
-    jinja = Environment(loader=FileSystemLoader(PARTS), autoescape=True, undefined=StrictUndefined)
-    css = (PARTS / "page.css").read_text(encoding="utf-8")
-    return jinja.get_template(template).render(css=css, **values).encode("utf-8", "backslashreplace")
 
 
 def title_of(stem: str) -> str:
@@ -105,42 +94,13 @@ def figures(out: Path) -> list[dict]:
     found = []
     for file in sorted(out.glob("figures/*.png")):
         with Image.open(file) as image:
-            width, height = (round(side / 1.6) for side in image.size)  # 160 dpi, shown at 100
+            width, height = (round(side / 1.5) for side in image.size)  # 150 dpi, shown at 100
         href = file.relative_to(out).as_posix()
         found.append({"href": href, "title": title_of(file.stem), "width": width, "height": height})
     return found
 
 
-def without_data(nb: Any) -> Any:
-    """The notebook without the pictures of cells tagged `shows-data`, in whose place a line says so."""
-    for cell in nb.cells:
-        if cell.cell_type == "code" and SHOWS_DATA in cell.metadata.get("tags", []):
-            for output in cell.outputs:
-                data = output.get("data", {})
-                if any(kind.startswith("image/") for kind in data):
-                    output.data = {"text/plain": LEFT_OUT}
-    return nb
-
-
-def as_page(nb: Any) -> bytes:
-    """An executed notebook as a page that asks nothing of another machine and runs nothing."""
-    from nbconvert import HTMLExporter
-    from pygments.formatters import HtmlFormatter
-
-    heads = [line for cell in nb.cells for line in cell.source.splitlines() if line.startswith("# ")]
-    nb.metadata.pop("widgets", None)
-    for cell in nb.cells:
-        if cell.cell_type == "markdown":
-            cell.source = re.sub(r"\[!\[[^\]]*\]\([^)]*\)\]\([^)]*\)", "", cell.source)  # badges
-    exporter = HTMLExporter(template_name="basic", sanitize_html=True)
-    exporter.log.setLevel("ERROR")  # or it misses an alternative text at every figure
-    body, _ = exporter.from_notebook_node(nb)
-    body = '<p><a href="../index.html">← the run</a></p>' + body
-    style = "<style>" + HtmlFormatter().get_style_defs(".highlight") + "</style>"
-    return render("page.html.j2", title=heads[0][2:] if heads else "notebook", body=style + body)
-
-
-def notebook_pages(out: Path, published: bool) -> list[dict]:
+def notebook_pages(out: Path) -> list[dict]:
     """Write pages/*.html of the executed notebooks; returns what the report lists of them."""
     import nbformat
 
@@ -156,7 +116,7 @@ def notebook_pages(out: Path, published: bool) -> list[dict]:
         if stopped:
             took += f"; not finished: {stopped}"
         page = out / "pages" / f"{file.stem}.html"
-        write_whole(page, as_page(without_data(nb) if published else nb))
+        write_whole(page, as_page(nb))
         found.append({"href": f"pages/{page.name}", "title": file.stem, "took": took, "seconds": seconds})
     return found
 
@@ -172,7 +132,7 @@ def build(out: Path, name: str, published: bool = False, notes: tuple[str, ...] 
     (out / "pages").mkdir(exist_ok=True)
     for old in out.glob("pages/*.*"):  # of an earlier run; nobody else writes here
         old.unlink()
-    notebooks = notebook_pages(out, published)
+    notebooks = notebook_pages(out)
     images, sentences = evaluations(out, published)
     page = {
         "audits": audits(out),
@@ -194,6 +154,21 @@ def build(out: Path, name: str, published: bool = False, notes: tuple[str, ...] 
     words["js"] = (PARTS / "explorer.js").read_text(encoding="utf-8")
     write_whole(out / "index.html", render("report.html.j2", **words, **page))
     return out / "index.html"
+
+
+def publish(source: Path, target: Path, name: str) -> Path:
+    """Put the page of the run in `source` into `target`, where its tables, figures and rows are already.
+
+    Its notebooks go with it, and no picture of a data set. Returns the page.
+    """
+    import nbformat
+
+    (target / "notebooks").mkdir(parents=True, exist_ok=True)
+    paths = {str(output_root()): "outputs", str(ROOT): "lgap"}
+    for file in sorted(source.glob("notebooks/*.ipynb")):
+        nb = published_form(nbformat.read(file, as_version=4), paths)
+        write_whole(target / "notebooks" / file.name, (nbformat.writes(nb) + "\n").encode())
+    return build(target, name, published=True)
 
 
 def headline(out: Path) -> Iterator[str]:
