@@ -80,13 +80,22 @@ def true_class(p: Profile, blind: Profile) -> list[Rung]:
     return [(get_attack("PGD-20, full gradient", name="true class told", **own), p.n_controls)]
 
 
-def second_seed(p: Profile, blind: Profile) -> list[Rung]:
-    """The strongest rung once more, with other draws of the attack and of the defence."""
-    return [(_joint(p, "joint, second seed"), p.n_controls)]
+def beyond(p: Profile, blind: Profile) -> list[Rung]:
+    """The strongest rungs in another ball, at one class, in whole 1/255, and with other draws of its own."""
+    full = {"eps_255": p.eps_255, "step_size_255": p.step_size_255, "n_steps": p.n_steps_full}
+    length = {"norm": "l2", "eps_255": 127.5, "step_size_255": 25.5}  # 0.5, in steps of 0.1
+    attacks = [
+        _joint(p, "joint, L2 0.5", **length),
+        _joint(p, "joint, low frequencies", low_pass=4),
+        get_attack("PGD-20, full gradient", name="full gradient, at one class", target=3, **full),
+        _joint(p, "joint, whole 1/255", rounded=True),
+        _joint(p, "joint, second seed", seed=1),
+    ]
+    return [(attack, p.n_controls) for attack in attacks]
 
 
 PARTS = {"rungs": rungs, "curve": curve, "checks": checks, "known noise": known_noise}
-PARTS |= {"true class": true_class, "second seed": second_seed}
+PARTS |= {"true class": true_class, "beyond": beyond}
 
 
 def climb(
@@ -108,8 +117,6 @@ def climb(
     name, target = next(iter(defenses.items()))
     if part == "known noise":  # each draw costs the attacker a gradient at each step
         profile, folder = dataclasses.replace(profile, n_draws=min(2, profile.n_draws)), f"{folder}_known"
-    elif part == "second seed":
-        profile, folder = dataclasses.replace(profile, seed=profile.seed + 1), f"{folder}_second_seed"
     elif part == "true class":
         target, folder = told_the_class(target, images), f"{folder}_told"
         defenses = {name: target}
@@ -166,7 +173,8 @@ def ladder_figure(runs: Runs, profile: Profile, images: Images, defence: str = "
         row = numbers[(numbers["method"] == "LGAP") & (numbers["attack"] == attack)]
         if name in runs and why != "other data":
             marks.append((list(runs).index(name), float(row["robust"].iloc[0])))
-    title = f"Attacks on {defence}; the others judge the same images. {heading(profile)}, {profile.eps_255:g}/255, mean of {profile.n_draws} draws"
+    title = f"Attacks on {defence}; the others judge the same images. {heading(profile)}, "
+    title += f"{profile.eps_255:g}/255, mean of {profile.n_draws} draws"
     marked = "LGAP in the paper" + f", {why}" * bool(why)
     axis = "attacks, by what the attacker knows"
     return lines(accuracies(runs, images.classes, defence), ticks, axis, title, marks, marked)

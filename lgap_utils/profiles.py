@@ -91,6 +91,11 @@ class Profile:
     variant: str = ""  # "fp16": read the diffusion model's weights as they are stored in half precision
     # paper silent: of captioner, VAE, UNet and text encoder; latents, DDIM and classifier are always float32
     dtype: str = "float32"
+    # a pixel-space diffusion model to purify with in LGAP's place, as DiffPure does; "" for none
+    rival: str = ""
+    rival_revision: str | None = None
+    rival_strength: float = 0.1  # DiffPure's t = 0.1
+    rival_steps: int = 50  # of which strength * steps are taken
     needs_gpu: bool = False  # refuse to start without one; LGAP_DEVICE=cpu overrules it
 
     # the defense (paper sections 3.1, 3.2 and 4.1)
@@ -148,6 +153,7 @@ class Profile:
     n_surrogate: int = 512  # for the gradient of a part of the purifier
     n_full: int = 512  # for the full gradient, alone and with the attack on the caption
     n_curve: int = 64  # for the strongest attack at other eps
+    n_language: int = 128  # for what a caption is worth, with other words in its place
     n_controls: int = 64  # for controls, and for the checks of an evaluation
     n_rivals: int = 2048  # for AutoAttack on robust classifiers, where most images survive all of it
     n_draws: int = 10  # paper silent: noise draws of the defense that judge each image
@@ -209,6 +215,7 @@ LIMITS = {
     "eot_average": ("gradient", "logits", "vote"),
     "finetune_schedule": ("constant", "one_cycle", "steps"),
     "strength": (0, 1),
+    "rival_strength": (0, 1),
     "guidance_scale": (1, 100),
     "eps_255": (0, 255),
     "step_size_255": (0, 255),

@@ -28,6 +28,8 @@ FLOORS = (
     ("evaluate", "tables"),
     ("experiment", "verdicts", "figures"),
     ("results",),
+    ("ladders",),
+    ("language",),
 )
 
 

@@ -22,7 +22,7 @@ from lgap_utils.profiles import PROFILES, output_root  # noqa: E402
 MARKED = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 RESULTS = (
     *("results.json", "tables/*.csv", "tables/*.md", "tables/*.tex", "figures/*.png"),
-    *("rows/table*/*/*.parquet", "rows/table*/*/config.json"),
+    *("rows/table*/**/*.parquet", "rows/table*/**/config.json"),
     *("classifier_*/*.json", "classifier_*/*.safetensors", "classifier_*/SHA256SUMS"),
 )
 
