@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from tqdm.auto import tqdm
 
 from .attacks import Record, gradient
 from .autoattack import blocks
@@ -22,6 +21,7 @@ from .defense import LGAP, METHOD
 from .identity import digest, identity
 from .images import Images
 from .noise import Keys
+from .progress import tqdm
 from .protocols import NATURAL, Attack
 from .rows import Frame, Rows, known_images, open_rows, packed, unpacked
 from .rows import attacked_images as attacked_images  # of the rows that are made here
@@ -129,11 +129,16 @@ class Evaluation:
         changes = dict(zip(attacked["index"], attacked["change"]))
 
         def compute(indices: list[int]) -> None:
-            size = self.batch_size.size
-            for first in tqdm(range(0, len(indices), size), desc=f"{name} judges", mininterval=2):
-                images = self.images[[self.places[i] for i in indices[first : first + size]]]
-                adv = unpacked([changes[i] for i in images.indices.tolist()], images.x).to(self.device)
-                scores.write(self._judged(defense, images, adv))
+            size, right = self.batch_size.size, []
+            title = f"{rows.config['attack']['name']}: {name} judges"
+            with tqdm(total=len(indices), desc=title, unit="image", mininterval=2) as bar:
+                for first in range(0, len(indices), size):
+                    images = self.images[[self.places[i] for i in indices[first : first + size]]]
+                    adv = unpacked([changes[i] for i in images.indices.tolist()], images.x).to(self.device)
+                    scores.write(judged := self._judged(defense, images, adv))
+                    right += [row["adversarial"] == row["label"] for row in judged]
+                    bar.set_postfix_str(f"{100 * sum(right) / len(right):.1f} % right so far", refresh=False)
+                    bar.update(len(images))
 
         table = scores.complete(attacked["index"].tolist(), self.known, n_draws, compute)
         return table.assign(defence=name)
@@ -171,6 +176,7 @@ class Evaluation:
             for places in shards:
                 rows.write(self._shard(attack, self.images[places], bar.update))
                 n_done += len(places)
+                bar.set_postfix_str(f"{n_done} of {len(indices)} images", refresh=False)
                 bar.n = n_done * n_steps  # images that broke early took fewer steps
                 bar.refresh()
 

@@ -18,7 +18,7 @@ PACKAGE = [file for file in SOURCES if file.parent.name == "lgap_utils"]
 
 # From the ground up, as CONTRIBUTING.md draws them. A module imports from its own floor or from those below.
 FLOORS = (
-    ("profiles", "noise", "batches", "words", "toy", "identity"),
+    ("profiles", "noise", "batches", "words", "toy", "identity", "progress"),
     ("files", "checks"),
     ("hub", "images"),
     ("data_files", "loading", "rows", "train", "defense"),

@@ -11,6 +11,7 @@ import pytest
 from nbval.plugin import get_sanitize_patterns
 
 import lgap_utils
+from tools.notebooks import SHOWS_DATA, WIDGET
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -82,6 +83,21 @@ def test_it_is_short(path, nb):
     assert sum(len(lines(c)) for c in code(nb)) <= 80
     assert max(len(lines(c)) for c in code(nb) if c not in code(nb, "bootstrap")) <= 12
     assert sum(len(re.findall(r"^\s*(?:async\s+)?def\s", c.source, re.M)) for c in code(nb)) <= 2
+
+
+def test_opening_it_changes_nothing_and_no_bar_or_log_is_in_it(path, nb):
+    assert path.read_text(encoding="utf-8") == nbformat.writes(nb) + "\n"
+    outputs = [output for cell in code(nb) for output in cell.outputs]
+    assert not [o for o in outputs if WIDGET in o.get("data", {}) or o.get("name") == "stderr"]
+    assert not [text for text in texts(nb) if "Loading weights" in text or "HTTP Request" in text]
+    assert not [o for o in outputs if "...</td>" in "".join(o.get("data", {}).get("text/html", ""))]
+
+
+def test_a_cell_that_shows_images_says_so(nb):
+    """Or a picture of a data set is published with the notebook."""
+    for cell in code(nb):
+        shows = re.search(r"image_grid|imshow|\.picture|caption_under", cell.source) is not None
+        assert shows <= (SHOWS_DATA in cell.metadata.get("tags", [])), cell.source
 
 
 def test_it_names_no_path_of_one_machine(nb):

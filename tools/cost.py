@@ -40,7 +40,7 @@ from lgap_utils.profiles import REVISIONS, TOY, Profile, get_profile
 from lgap_utils.protocols import NATURAL
 from tools.needs import Item, models_of
 from tools.request import Values
-from tools.runner import duration
+from tools.watch import duration
 
 Costs = dict[Path, tuple[Profile, Counter]]  # {notebook: (its profile, counts)}
 Prices = dict[str, tuple[float, float]]  # {what is counted: (best, worst) seconds of one}
@@ -282,6 +282,29 @@ def price(profile: Profile) -> tuple[Prices, str]:
     return {name: (each / RATES[0], each / RATES[1]) for name, each in flops.items()}, where
 
 
+def times(costs: Costs) -> tuple[dict[Path, tuple[float, float]], list[str]]:
+    """({notebook: its best and its worst time in s}, where the prices are from)."""
+    prices, took = {}, {}
+    for path, (profile, counts) in costs.items():
+        same = tuple(getattr(profile, name) for name in PRICED)
+        if same not in prices:
+            prices[same] = price(profile)
+        each = prices[same][0]
+        took[path] = tuple(sum(counts[name] * of[k] for name, of in each.items()) for k in (0, 1))
+    return took, list(dict.fromkeys(where for _, where in prices.values()))
+
+
+def expected(plan: dict[Path, Values]) -> dict[Path, float]:
+    """Seconds of each notebook of the plan; none where a model cannot be timed."""
+    logging.disable_progress_bar()
+    took, _ = times(count(plan))
+    return (
+        {path: (best + worst) / 2 for path, (best, worst) in took.items()}
+        if any(map(any, took.values()))
+        else {}
+    )
+
+
 def print_costs(plan: dict[Path, Values]) -> None:
     """Print what each notebook of the plan, {notebook: parameters}, asks for, and how long that takes."""
     logging.disable_progress_bar()
@@ -292,17 +315,13 @@ def print_costs(plan: dict[Path, Values]) -> None:
     columns = ("captions", "forward", "gradient", "calls")
     heads = "".join(f"{head:>16}" for head in ("captions", "purifications", "with gradient", "calls"))
     print(f"\n{'at most':28}{heads}{'time':>20}")
-    total, prices = [0.0, 0.0], {}
-    for path, (profile, counts) in costs.items():
-        same = tuple(getattr(profile, name) for name in PRICED)
-        if same not in prices:
-            prices[same] = price(profile)
-        took = [sum(counts[name] * each[k] for name, each in prices[same][0].items()) for k in (0, 1)]
-        total = [total[k] + took[k] for k in (0, 1)]
+    took, sources = times(costs)
+    for path, (_, counts) in costs.items():
         numbers = "".join(f"{counts[name]:16,}" for name in columns)
-        print(f"{path.stem:28}{numbers}{time_range(*took):>20}")
+        print(f"{path.stem:28}{numbers}{time_range(*took[path]):>20}")
+    total = [sum(each[k] for each in took.values()) for k in (0, 1)]
     print(f"{'in all':28}{'':64}{time_range(*total):>20}")
-    print(*dict.fromkeys(where for _, where in prices.values()), sep="\n")
+    print(*sources, sep="\n")
     print(f"A gradient counts as {GRADIENT} passes; what the classifier does alone comes on top.")
 
 

@@ -74,5 +74,10 @@ if __name__ == "__main__":
     try:
         with folder_lock(measured):
             print(f"{publish(measured, ROOT, sys.argv[1])} files to outputs/published/{sys.argv[1]}")
+            page = pathlib.Path("outputs", "published", sys.argv[1], "index.html")
+            if not ignored(ROOT, [page]):
+                from tools import report
+
+                print(report.publish(measured, ROOT / page.parent, sys.argv[1]).relative_to(ROOT))
     except (OSError, RuntimeError, ValueError) as error:
         sys.exit(f"tools/publish.py: {error}")
