@@ -1,4 +1,4 @@
-"""`python -m lgap_utils doctor`: what a profile needs, what of it is missing, and what a run will cost."""
+"""`python -m lgap_utils ...`: `doctor` says what a profile needs and costs, `purify` takes a photo."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import textwrap
 
 from lgap_utils.files import CheckpointError
 from lgap_utils.profiles import ROOT
-from tools import doctor
+from tools import doctor, purify
 from tools.request import add_profile, parameters, settings_of, values_for
 
 
@@ -31,11 +31,16 @@ def show(checks: list[doctor.Check], width: int) -> None:
 def main(argv: list[str] | None = None) -> None:
     about = "what a profile needs, what of it is missing, and what a run will cost"
     parser = argparse.ArgumentParser(prog="python -m lgap_utils")
-    command = parser.add_subparsers(dest="command", required=True).add_parser("doctor", help=about)
+    commands = parser.add_subparsers(dest="command", required=True)
+    photo = commands.add_parser("purify", help="a photo, attacked if asked for, and purified, as a picture")
+    purify.add_arguments(photo)
+    command = commands.add_parser("doctor", help=about)
     add_profile(command, "a field of the profile, as in n_images=64")
     deep = "check the digests of models and read every image, too"
     command.add_argument("--deep", action="store_true", help=deep)
     args = parser.parse_args(argv)
+    if args.command == "purify":
+        return purify.run(photo, args)
     try:
         settings = settings_of(args.profile, args.set)
     except ValueError as error:
