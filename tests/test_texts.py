@@ -72,6 +72,7 @@ def test_the_page_shows_what_is_published(page):
     text = page.read_text(encoding="utf-8")
     assert texts.filled(text, ROOT, page.parent) == text
     assert text.count("<!-- end -->") == len(texts.PART.findall(text))
+    assert not re.findall(r"^<!-- \w+:.*-->.", text, re.MULTILINE)  # Markdown would take it for HTML
 
 
 def commands():

@@ -22,7 +22,8 @@ from lgap_utils.profiles import ROOT
 from lgap_utils.words import DATA_SETS
 
 KEPT = Fraction(1, 3)  # of the natural accuracy; the least that the paper's own tables keep is about a half
-HOLDS, FAILS, OPEN = "\N{CHECK MARK} holds", "\N{BALLOT X} does not hold", "open"
+HOLDS, FAILS, OPEN = "\N{CHECK MARK}\N{NO-BREAK SPACE}holds", "\N{BALLOT X} does not hold", "open"
+FURTHER = "*Not in the paper:*"
 NUMBER = r"([+-]?[\d.]+)"
 
 
@@ -169,7 +170,7 @@ def whole_ladder(of: Published) -> tuple[str, str, str]:
     evidence = "not measured"
     if worst and natural:
         evidence = f"natural {natural.value:.1f} %, worst case of all rungs {worst}"
-    return "*Not in the paper:* it stands whichever attack is chosen", evidence, keeps(natural, worst)
+    return f"{FURTHER} it stands whichever attack is chosen", evidence, keeps(natural, worst)
 
 
 def worth(of: Published, claim: str, second: str) -> tuple[str, str, str]:
@@ -187,16 +188,10 @@ def verdicts(of: Published) -> list[tuple[str, str, str]]:
         robustness(of, "The same with a hundred classes", 2, "PGD"),
         caption_rung(of, "Captions name the class under that attack (Figure 2)", "blind PGD-40"),
         worth(of, "The caption counts: LGAP less LGAP without a caption", "LGAP without a caption"),
-        worth(
-            of,
-            "*Not in the paper:* LGAP is worth more than its caption alone: the difference",
-            "caption alone",
-        ),
+        worth(of, f"{FURTHER} LGAP is worth more than its caption alone: the difference", "caption alone"),
         robustness(of, "It withstands an attacker who sees the purifier, BPDA", 3, "BPDA"),
         robustness(of, "The same, averaged over the defence's noise", 3, "BPDA 40+EOT"),
-        caption_rung(
-            of, "*Not in the paper:* captions withstand an attack on the captioner", "PGD-20 on the caption"
-        ),
+        caption_rung(of, f"{FURTHER} captions withstand an attack on the captioner", "PGD-20 on the caption"),
         robustness(of, "The same at half the radius and less noise", 4, "BPDA-40"),
         whole_ladder(of),
     ]
@@ -204,10 +199,13 @@ def verdicts(of: Published) -> list[tuple[str, str, str]]:
 
 def finding(of: Published) -> str:
     """The whole of it in two sentences."""
-    counts = [verdict for _, _, verdict in verdicts(of)]
     blind, natural, worst = of.robust(1, "LGAP", "PGD"), of.natural(1, "LGAP", "PGD"), of.worst()
-    lines = [f"Of {len(counts)} claims, {counts.count(HOLDS)} hold at profile {of.folder.name}, "]
-    lines += [f"{counts.count(FAILS)} do not, and {counts.count(OPEN)} are open."]
+    lines = []
+    for start, whose in ((False, "of the paper's claims"), (True, "that go further")):
+        found = [verdict for claim, _, verdict in verdicts(of) if claim.startswith(FURTHER) == start]
+        counts = f"{found.count(HOLDS)} hold, {found.count(FAILS)} do not, {found.count(OPEN)} are open"
+        lines.append(f"{len(found)} {whose} {counts}")
+    lines = ["Of ", "; of ".join(lines), "."]
     if blind and natural:
         lines += [
             f" LGAP is right on {natural} of clean images, on {blind} under an attack that does not see it"

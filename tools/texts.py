@@ -10,7 +10,8 @@
     times: PROFILE           how long a run of the profile took
     badge:                   the badge of Colab, where the repository has an address
 
-A part whose file is not there stays as it was. `tools/publish.py` writes them.
+A part at the beginning of a line has its content on lines of its own, or Markdown takes it for HTML. A part
+whose file is not there stays as it was. `tools/publish.py` writes them.
 """
 
 from __future__ import annotations
@@ -46,7 +47,9 @@ def filled(page: str, root: Path = ROOT, base: Path | None = None) -> str:
         if kind not in KINDS:
             raise ValueError(f"{opening}: expected one of {', '.join(KINDS)}")
         new = KINDS[kind](root, base, *(each.strip() for each in arguments.split("|")))
-        return match[0] if new is None else f"{opening}{line}{new}{line}{end}"
+        if new is None:
+            return match[0]
+        return f"{opening}{line}{new}{line if new else ''}{end}"
 
     return PART.sub(part, page)
 
@@ -70,6 +73,8 @@ def link(root: Path, base: Path, file: str) -> str:
 
 def markdown(table: pd.DataFrame) -> str:
     cells = table.map(lambda cell: str(cell).replace("|", r"\|"))
+    if "command" in cells:
+        cells["command"] = "`" + cells["command"] + "`"
     lines = ["| " + " | ".join(line) + " |" for line in (cells.columns, *cells.to_numpy())]
     return "\n".join([lines[0], "|---" * len(cells.columns) + "|", *lines[1:]])
 
