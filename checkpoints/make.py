@@ -225,8 +225,8 @@ def make_rival(job: Job, channels: Sequence[int], fold: int, **how: Any) -> None
     """Train and save the pixel-space denoiser of a DiffPure-style purifier."""
     unet, scheduler = new_rival(job.profile.size, channels, fold)
     train_rival(unet, scheduler, job.images, job.work, device=job.device, **how)
-    unet.half().save_pretrained(job.out / "rival" / "unet")
-    scheduler.save_pretrained(job.out / "rival" / "scheduler")
+    unet.half().save_pretrained(job.out / "rival")
+    scheduler.save_pretrained(job.out / "rival")
 
 
 PARTS = {

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,12 +19,14 @@ from .autoattack import blocks
 from .batches import BatchSize, call_in_batches
 from .checks import check_counts, check_images, look_like_softmax
 from .defense import LGAP, METHOD
-from .identity import digest, identity, own_settings, unnamed_in
+from .identity import digest, identity
 from .images import Images
 from .noise import Keys
 from .protocols import NATURAL, Attack
-from .rows import Rows, known_images
+from .rows import Frame, Rows, known_images, open_rows, packed, unpacked
+from .rows import attacked_images as attacked_images  # of the rows that are made here
 
+KEY = ["index", "defence", "draw"]  # of a row
 SOFTMAX = "logits look like softmax probabilities"  # a flag of rows
 
 
@@ -43,34 +44,14 @@ def folder_name(name: str) -> str:
     return plain if plain and name.isascii() else f"{plain or 'attack'}-{digest(name)[:6]}"
 
 
-def open_rows(folder: Path, config: dict, defenses: dict, attack: Attack | None = None) -> Rows:
-    """The `Rows` in `folder`; in a new one, for one run, if the attack or a part has no settings of its own.
-
-    defenses: {name: `describe_defense`}. An attack has a row for each image, defence and draw.
-    """
-    unnamed = unnamed_in(defenses)
-    remedy = "name it: lgap_utils.identity.named(part, 'a name', sigma=0.9)"
-    if attack is not None and not own_settings(attack):
-        unnamed.insert(0, f"the attack {attack.name!r} ({type(attack).__qualname__})")
-        remedy = (
-            "give its class a method settings() that returns a dict, e.g. super().settings() | {'sigma': 0.9}"
-        )
-    if unnamed:
-        config = {**config, "run": uuid.uuid4().hex}
-        folder = folder.parent / "unnamed" / f"{folder.name}-{digest(config)}"
-        print(
-            f"{unnamed[0]} has no settings() of its own: its rows in {folder} serve one run. To resume them,"
-        )
-        print(remedy, flush=True)
-    return Rows(folder, config, ("index",) if attack is None else ("index", "defence", "draw"))
-
-
 class Evaluation:
     """Attacks on the first of `defenses` ({name: LGAP}); their images are scored under all of them.
 
-    n_draws: noise draws of the defence per image; 1 for a purifier with `random = False`. Rows are kept in
-    folder/NAME OF THE ATTACK. Rows of other defences, another attack, seed, n_draws, `config` or METHOD are
-    refused (ValueError). batch_size changes a result by rounding at most; order and process change none.
+    n_draws: noise draws of the defence per image; 1 for a purifier with `random = False`. Attacked images are
+    kept in folder/NAME OF THE ATTACK, what a defence makes of them in a folder of its own below, so that a
+    further defence costs no further attack. Rows of another target or defence, another attack, seed, n_draws,
+    `config` or METHOD are refused (ValueError). batch_size changes a result by rounding at most; order and
+    process change none.
     """
 
     def __init__(
@@ -92,14 +73,18 @@ class Evaluation:
         self.config, self.known = config, known_images(images)
         self.places = {index: place for place, index in enumerate(self.known)}
 
-    def run(self, attack: Attack, indices: Sequence[int] | None = None) -> pd.DataFrame:
+    def run(
+        self, attack: Attack, indices: Sequence[int] | None = None, defenses: Iterable[str] | None = None
+    ) -> pd.DataFrame:
         """A row per image, defence and draw; those that are missing are computed and kept.
 
-        indices: which images, by dataset index; None for all. Columns: index, image (digest of its pixels),
-        label, defence, draw, clean and
-        adversarial (labels predicted), caption_clean and caption (of the adversarial image), linf, inside (of
-        ball and [0, 1]), broke_at, bad_gradients, flags (see attacks.Record), seconds (per image), attack,
-        eps_255, n_steps, n_eot, success. Raises TypeError for no Attack, ValueError for a wrong index.
+        indices: which images, by dataset index; None for all. defenses: under which the attacked images are
+        scored, by name; None for all. Columns: index, image (digest of its pixels), label, defence, draw,
+        clean and adversarial (labels predicted), caption_clean and caption (of the adversarial image), random
+        (whether the defence draws noise), linf, inside (of ball and [0, 1]), broke_at, bad_gradients, flags
+        (see attacks.Record), seconds (of the attack, per image), change (see `attacked_images`), attack,
+        eps_255, n_steps, n_eot, success.
+        Raises TypeError for no Attack, ValueError for a wrong index or name.
         """
         if not isinstance(attack, Attack):
             own = "for one of your own, a subclass with another __call__"
@@ -110,23 +95,58 @@ class Evaluation:
                 raise ValueError(f"indices: {i} is not among the {len(self.places)} images at hand")
         if not indices or len(set(indices)) != len(indices):
             raise ValueError("indices: no image, or one twice; expected at least one, each once")
-        natural = None if attack == NATURAL else self.run(NATURAL, indices)
+        names = list(self.defenses if defenses is None else dict.fromkeys(defenses))
+        if not names or set(names) - set(self.defenses):
+            raise ValueError(f"defenses: got {names}, expected some of {list(self.defenses)}")
+        natural = None if attack == NATURAL else self.run(NATURAL, indices, names)
         rows = self.rows(attack)
-        n_rows = sum(map(self.draws_of, self.defenses.values()))
-        table = rows.complete(indices, self.known, n_rows, partial(self._compute, attack, rows))
+        attacked = rows.complete(indices, self.known, 1, partial(self._compute, attack, rows))
+        scores = pd.concat([self._scored(rows, attacked, name) for name in names])
+        table = scores.merge(attacked.drop(columns=["image", "label"]), on="index", validate="m:1")
+        table = table.sort_values(KEY, ignore_index=True)
+        table["flags"] = ["; ".join(filter(None, both)) for both in zip(table["flags"], table.pop("softmax"))]
         if natural is None:
             table = table.assign(clean=table["adversarial"], caption_clean=table["caption"])
         else:
-            table = table.merge(natural[[*rows.key, "clean", "caption_clean"]], on=rows.key, validate="1:1")
+            table = table.merge(natural[[*KEY, "clean", "caption_clean"]], on=KEY, validate="1:1")
         columns = {name: getattr(attack, name) for name in ("eps_255", "n_steps", "n_eot", "success")}
         return table.assign(attack=attack.name, **columns)
 
     def rows(self, attack: Attack) -> Rows:
-        """The kept `Rows` of an attack, under all that a row depends on."""
-        parts = {name: describe_defense(defense) for name, defense in self.defenses.items()}
-        config = {**self.config, "target": next(iter(parts)), "defences": parts, "n_draws": self.n_draws}
-        config |= {"seed": self.seed, "method": METHOD, "attack": attack.settings()}
-        return open_rows(self.folder / folder_name(attack.name), config, parts, attack)
+        """The kept `Rows` of an attack's images, one for each, under all that they depend on."""
+        name, target = next(iter(self.defenses.items()))
+        config = {**self.config, "target": {"name": name} | describe_defense(target), "seed": self.seed}
+        config |= {"method": METHOD, "attack": attack.settings()}
+        folder = self.folder / folder_name(attack.name)
+        return open_rows(folder, config, {name: describe_defense(target)}, attack=attack)
+
+    def _scored(self, rows: Rows, attacked: Frame, name: str) -> pd.DataFrame:
+        """The kept rows of attacked images under one defence, one for each draw."""
+        defense = self.defenses[name]
+        parts, n_draws = describe_defense(defense), self.draws_of(defense)
+        config = {**rows.config, "defence": {"name": name} | parts, "n_draws": n_draws}
+        scores = open_rows(rows.folder / folder_name(name), config, {name: parts}, ("index", "draw"))
+        changes = dict(zip(attacked["index"], attacked["change"]))
+
+        def compute(indices: list[int]) -> None:
+            size = self.batch_size.size
+            for first in tqdm(range(0, len(indices), size), desc=f"{name} judges", mininterval=2):
+                images = self.images[[self.places[i] for i in indices[first : first + size]]]
+                adv = unpacked([changes[i] for i in images.indices.tolist()], images.x).to(self.device)
+                scores.write(self._judged(defense, images, adv))
+
+        table = scores.complete(attacked["index"].tolist(), self.known, n_draws, compute)
+        return table.assign(defence=name)
+
+    def _judged(self, defense: LGAP, images: Images, adv: torch.Tensor) -> list[dict[str, Any]]:
+        """The rows of a few attacked images under a defence."""
+        captions, labels, flag = self.score(defense, adv, images.indices)
+        rows, random = [], bool(getattr(defense.purifier, "random", True))
+        for k, index in enumerate(images.indices.tolist()):
+            image, label = self.known[index]
+            row = {"index": index, "image": image, "label": label, "caption": captions[k], "random": random}
+            rows += [{**row, "draw": d, "adversarial": p, "softmax": flag} for d, p in enumerate(labels[k])]
+        return rows
 
     def draws_of(self, defense: LGAP) -> int:
         """By how many draws an image is judged under a defence: one where the purifier draws no noise."""
@@ -165,7 +185,7 @@ class Evaluation:
         return sorted(indices)
 
     def _shard(self, attack: Attack, images: Images, progress: Callable[[int], Any]) -> list[dict[str, Any]]:
-        """The rows of a few images, attacked together."""
+        """The rows of a few images, attacked together, one for each."""
         began, n = time.perf_counter(), len(images)
         x, y, keys = images.x.to(self.device), images.labels, Keys(images.indices, self.seed, "attack")
         record = Record([-1] * n, [0] * n, [""] * n)  # for an attack that fills in nothing
@@ -173,25 +193,18 @@ class Evaluation:
         # clones, as an attack may work in place: its distance is that from the images as they were
         adv = _checked(attack, attack(self.target, x.clone(), y.clone(), keys, **how), x, keys)
         linf, values = (adv - x).abs().flatten(1).amax(1), adv.flatten(1)
-        inside = (linf <= attack.eps_255 / 255 + 1e-6) & (values.amin(1) >= 0) & (values.amax(1) <= 1)
-        scores = {name: self.score(defense, adv, images.indices) for name, defense in self.defenses.items()}
-        seconds = (time.perf_counter() - began) / n
-        rows = []
-        for name, (captions, labels, flag) in scores.items():
-            for k, index in enumerate(images.indices.tolist()):
-                row = {"index": index, "image": self.known[index][0], "label": int(y[k]), "defence": name}
-                outcome = {
-                    "caption": captions[k],
-                    "linf": float(linf[k]),
-                    "inside": bool(inside[k]),
-                    "broke_at": int(record.broke_at[k]),
-                    "bad_gradients": int(record.bad_gradients[k]),
-                    "flags": "; ".join(filter(None, (record.flags[k], flag))),
-                    "seconds": seconds,
-                }
-                for draw, predicted in enumerate(labels[k]):
-                    rows.append(row | {"draw": draw, "adversarial": predicted} | outcome)
-        return rows
+        near = attack.distance(x, adv) <= attack.eps_255 / 255 * (1 + 1e-5) + 1e-6
+        inside = near & (values.amin(1) >= 0) & (values.amax(1) <= 1)
+        changes, seconds = packed(adv, x), (time.perf_counter() - began) / n
+        return [
+            {
+                **{"index": index, "image": self.known[index][0], "label": int(y[k])},
+                **{"linf": float(linf[k]), "inside": bool(inside[k]), "broke_at": int(record.broke_at[k])},
+                **{"bad_gradients": int(record.bad_gradients[k]), "flags": record.flags[k]},
+                **{"seconds": seconds, "change": changes[k]},
+            }
+            for k, index in enumerate(images.indices.tolist())
+        ]
 
     @torch.no_grad()
     def score(self, defense: LGAP, x: torch.Tensor, indices: torch.Tensor) -> tuple[list, list, str]:
@@ -200,7 +213,8 @@ class Evaluation:
         captions, labels, softmax = [], [], []
 
         def score_part(p: slice) -> None:
-            texts, keys = defense.caption(x[p]), Keys(indices[p], self.seed).at([0] * len(x[p]), n_draws)
+            keys = Keys(indices[p], self.seed)
+            texts, keys = defense.caption(x[p], keys), keys.at([0] * len(x[p]), n_draws)
             if len(x[p]) > 1:
                 logits = defense(x[p], texts, keys)
             else:  # the draws of a single image may be taken apart, too
@@ -219,9 +233,8 @@ class Evaluation:
         cost: purifications of an image without a gradient; one with a gradient counts as 3.
         """
         forward, backward = attack.purifications()
-        draws = sum(map(self.draws_of, self.defenses.values()))
-        purifications = n * (forward + backward + draws)
-        cost = forward + 3 * backward + draws  # a gradient costs about two more passes
+        purifications = n * (forward + backward)
+        cost = forward + 3 * backward  # a gradient costs about two more passes
         few = self.images[: min(len(self.images), self.batch_size.size)]
         x, y = few.x.to(self.device), few.labels.to(self.device)
         purify = torch.no_grad()(lambda p: self.target.purify(x[p], None, Keys(few.indices[p], self.seed)))
@@ -307,8 +320,9 @@ def purify_rows(
 def _purified(defense: LGAP, images: Images, x: torch.Tensor, seed: int) -> list[dict[str, Any]]:
     """The rows of images x [n, 3, h, w], purified together; images: those that they were made of."""
     began = time.perf_counter()
-    captions = defense.caption(x)
-    purified = defense.purify(x, captions, Keys(images.indices, seed))
+    keys = Keys(images.indices, seed)
+    captions = defense.caption(x, keys)
+    purified = defense.purify(x, captions, keys)
     undefended, prediction = (defense.classify(batch).argmax(1).tolist() for batch in (x, purified))
     pixels = (purified.cpu().clamp(0, 1) * 255).round().to(torch.uint8).numpy()
     seconds = (time.perf_counter() - began) / len(x)

@@ -7,14 +7,19 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Callable
+import uuid
+import zlib
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pandas as pd
+import torch
 from pandas.util import hash_pandas_object
 
 from .files import folder_lock, write_whole
+from .identity import digest, own_settings, unnamed_in
 
 if TYPE_CHECKING:
     from .images import Images
@@ -45,6 +50,7 @@ class Rows:
             raise ValueError(f"{file} is not JSON, so its rows are nobody's; move the folder away") from None
         if changed := "; ".join(differences(kept, config)):
             raise ValueError(f"{self.folder} holds rows of another configuration ({changed}); {ADVICE}")
+        self.config = config
         # of the kept one: an equal number may be written in two ways, 8 and 8.0
         self.owner = hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
@@ -130,6 +136,30 @@ class Rows:
         return table
 
 
+def open_rows(
+    folder: Path, config: dict, defenses: dict, key: tuple[str, ...] = ("index",), attack: Any = None
+) -> Rows:
+    """The `Rows` in `folder`; in a new one, for one run, if the attack or a part has no settings of its own.
+
+    defenses: {name: `describe_defense`}; attack: a protocols.Attack. One run's configuration stays so.
+    """
+    unnamed = [] if "run" in config else unnamed_in(defenses)
+    remedy = "name it: lgap_utils.identity.named(part, 'a name', sigma=0.9)"
+    if attack is not None and not own_settings(attack):
+        unnamed.insert(0, f"the attack {attack.name!r} ({type(attack).__qualname__})")
+        remedy = (
+            "give its class a method settings() that returns a dict, e.g. super().settings() | {'sigma': 0.9}"
+        )
+    if unnamed:
+        config = {**config, "run": uuid.uuid4().hex}
+        folder = folder.parent / "unnamed" / f"{folder.name}-{digest(config)}"
+        print(
+            f"{unnamed[0]} has no settings() of its own: its rows in {folder} serve one run. To resume them,"
+        )
+        print(remedy, flush=True)
+    return Rows(folder, config, key)
+
+
 def _digest(frame: Frame) -> bytes:
     """Of names and values: Parquet's own checksums cover pages of values, but no names of columns."""
     hashes = hash_pandas_object(frame, index=False)  # pyright: ignore[reportCallIssue] # pandas loads it lazily
@@ -154,3 +184,38 @@ def known_images(images: Images) -> Known:
     """{index: (digest of the pixels, label)}: a row is tied to the image that it was computed from."""
     digests = [hashlib.blake2b(image.tobytes(), digest_size=8).hexdigest() for image in images.pixels.numpy()]
     return dict(zip(images.indices.tolist(), zip(digests, images.labels.tolist())))
+
+
+def packed(adv: torch.Tensor, x: torch.Tensor) -> list[bytes]:
+    """For each image what turns it, x, into adv, both float32 [n, 3, h, w]: their bits' XOR, compressed.
+
+    In planes of bytes, lowest first, by zlib; nothing where nothing changed.
+    """
+    bits = adv.cpu().numpy().astype("<f4").view("<i4") ^ x.cpu().numpy().astype("<f4").view("<i4")
+    planes = [change.reshape(-1, 1).view(np.uint8).T.tobytes() if change.any() else b"" for change in bits]
+    return [zlib.compress(each, 9) if each else b"" for each in planes]
+
+
+def unpacked(changes: Iterable[bytes], x: torch.Tensor) -> torch.Tensor:
+    """The images adv of `packed`, bit for bit, from the images x."""
+    clean = x.cpu().numpy().astype("<f4").view("<i4")
+    out = clean.copy()
+    for k, change in enumerate(changes):
+        if change:
+            planes = np.frombuffer(zlib.decompress(change), np.uint8).reshape(4, -1)
+            out[k] ^= np.ascontiguousarray(planes.T).view("<i4").reshape(out[k].shape)
+    return torch.from_numpy(out.view("<f4"))
+
+
+def attacked_images(rows: Frame, images: Images) -> torch.Tensor:
+    """The attacked images [n, 3, h, w] of rows of `Evaluation.run`, bit for bit, one for each index in them.
+
+    images: those that were attacked, and maybe others. A row keeps what turns the clean image into the
+    attacked one, so that rows alone show no picture of a data set. Raises ValueError for other images.
+    """
+    first, known = rows.drop_duplicates("index"), known_images(images)
+    for index, pixels in zip(first["index"], first["image"]):
+        if known.get(index, ("",))[0] != pixels:
+            raise ValueError(f"images: image {index} of the rows is not among them, or has other pixels")
+    places = {index: place for place, index in enumerate(known)}
+    return unpacked(first["change"], images[[places[i] for i in first["index"]]].x)

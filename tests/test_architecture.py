@@ -23,11 +23,13 @@ FLOORS = (
     ("hub", "images", "picture"),
     ("data_files", "loading", "rows", "train", "defense"),
     ("imagenet", "zoo", "baselines", "attacks"),
-    ("data", "autoattack", "surrogates"),
+    ("data", "autoattack", "surrogates", "diffpure"),
     ("models", "protocols"),
     ("evaluate", "tables"),
     ("experiment", "verdicts", "figures"),
     ("results",),
+    ("ladders",),
+    ("language",),
 )
 
 

@@ -25,7 +25,7 @@ from cheap_defense import (
     words,
 )
 
-from lgap_utils import baselines, evaluate
+from lgap_utils import baselines, evaluate, rows
 from lgap_utils.defense import LGAP
 from lgap_utils.evaluate import Evaluation, purified_pixels, purify_rows
 from lgap_utils.identity import named
@@ -161,12 +161,51 @@ def test_the_plan_counts_what_will_be_purified(tmp_path):
     purifier = Noisy()
     mine = evaluation(tmp_path, purifier=purifier)
     plan = mine.plan(ATTACK, 8)
-    assert plan["purifications"] == 8 * (3 * 2 + N_DRAWS + 1) == 80
-    assert plan["text"].startswith(f"{ATTACK.name}: 8 images, 80 purifications")
+    assert plan["purifications"] == 8 * 3 * 2 == 48
+    assert plan["text"].startswith(f"{ATTACK.name}: 8 images, 48 purifications")
     mine.run(NATURAL)
     purifier.keys.clear()
     mine.run(ATTACK)
     assert len(purifier.keys) == 8 * (3 * 2 + N_DRAWS) + 2 + 8  # two and eight to see how long it will take
+
+
+# ---------------------------------------------------------------- attacked images, kept
+
+
+def test_attacked_images_come_back_bit_for_bit_and_rows_alone_are_no_picture(unbroken):
+    images, table = some_images(), unbroken[1]
+    adv = ATTACK(LGAP(words, Noisy(), net), images.x, images.labels, Keys(images.indices, SEED, "attack"))
+    assert torch.equal(evaluate.attacked_images(table, images[[3, 1, 0, 2, 4, 5, 6, 7]]), adv)
+    assert torch.equal(evaluate.attacked_images(table[table["index"] == 16], images), adv[2:3])
+    assert table.groupby("index")["change"].nunique().eq(1).all()
+    assert set(evaluation(unbroken[0]).run(NATURAL)["change"]) == {b""}
+    other = dataclasses.replace(images, pixels=255 - images.pixels)
+    with pytest.raises(ValueError, match="image 10 of the rows is not among them, or has other pixels"):
+        evaluate.attacked_images(table, other)
+
+
+@pytest.mark.parametrize("values", [(0.0, 1.0), (0.5, 0.5), (1 / 3, 1e-38), (-0.0, 0.0)])
+def test_any_float_is_kept_as_it_is(values):
+    x, adv = (torch.full((2, 3, 5, 7), value) for value in values)
+    adv[1] = x[1]
+    kept = rows.packed(adv, x)
+    assert torch.equal(rows.unpacked(kept, x).view(torch.int32), adv.view(torch.int32)) and kept[1] == b""
+
+
+def test_a_further_defence_is_scored_and_attacks_nothing(unbroken, tmp_path):
+    """The folder does not care who asked for which defence first; a changed one is refused."""
+    few = evaluation(tmp_path).run(ATTACK, defenses=["undefended"])
+    assert set(few["defence"]) == {"undefended"}
+    purifier = Noisy()
+    assert same(evaluation(tmp_path, purifier=purifier).run(ATTACK), unbroken[1]) and not attacked(purifier)
+    assert same(evaluation(tmp_path).run(ATTACK, defenses=["undefended"]), few)
+    changed = evaluation(tmp_path)
+    changed.defenses["undefended"] = baselines.with_purifier(changed.target, baselines.blur(1.0))
+    with pytest.raises(ValueError, match="undefended holds rows of another .*defence.purifier.is.purifier"):
+        changed.run(ATTACK)
+    for names in (["LGAB"], []):
+        with pytest.raises(ValueError, match=r"defenses: got .*, expected some of \['LGAP', 'undefended'\]"):
+            evaluation(tmp_path).run(ATTACK, defenses=names)
 
 
 # ---------------------------------------------------------------- however it is cut
@@ -259,8 +298,8 @@ class Sharp(Noisy):
         ({"seed": 6}, "seed: there 5, here 6"),
         ({"n_draws": 2}, "n_draws: there 3, here 2"),
         ({"config": {"weights": "2"}}, "weights: there '1', here '2'"),
-        ({"purifier": Noisy(0.2)}, "defences.LGAP.purifier.is.strength: there 0.1, here 0.2"),
-        ({"purifier": Sharp()}, "defences.LGAP.purifier.is.class: there 'Noisy', here 'Sharp'"),
+        ({"purifier": Noisy(0.2)}, "target.purifier.is.strength: there 0.1, here 0.2"),
+        ({"purifier": Sharp()}, "target.purifier.is.class: there 'Noisy', here 'Sharp'"),
     ],
 )
 def test_rows_of_another_configuration_are_refused_and_the_difference_is_named(copied, changed, says):
@@ -276,7 +315,7 @@ def test_rows_of_another_attack_target_or_method_are_refused(copied, monkeypatch
         evaluation(copied).run(dataclasses.replace(ATTACK, eps_255=8))
     other = evaluation(copied)
     other.defenses = dict(reversed(other.defenses.items()))
-    with pytest.raises(ValueError, match="target: there 'LGAP', here 'undefended'"):
+    with pytest.raises(ValueError, match="target.captioner.*target.name: there 'LGAP', here 'undefended'"):
         other.run(ATTACK)
     monkeypatch.setattr(evaluate, "METHOD", 2)
     with pytest.raises(ValueError, match="method: there 3, here 2"):
@@ -286,7 +325,7 @@ def test_rows_of_another_attack_target_or_method_are_refused(copied, monkeypatch
 def test_another_classifier_or_another_image_of_the_same_index_is_refused(copied):
     mine, images = evaluation(copied), some_images()
     mine.target.classifier = named(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 10)), "linear")
-    with pytest.raises(ValueError, match="defences.LGAP.classifier.is.name: there 'sums', here 'linear'"):
+    with pytest.raises(ValueError, match="target.classifier.is.name: there 'sums', here 'linear'"):
         mine.run(ATTACK)
     changed = dataclasses.replace(images, pixels=images.pixels.clone())
     changed.pixels[2, 0, 0, 0] ^= 1

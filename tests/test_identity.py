@@ -113,7 +113,7 @@ def test_a_changed_attribute_of_the_same_object_is_seen(tmp_path):
         assert run.run(NATURAL)["adversarial"].tolist() == [2] * 4
         part.label = 9
         if isinstance(part, WithSettings):
-            with pytest.raises(ValueError, match="defences.LGAP.classifier.is.label: there 2, here 9"):
+            with pytest.raises(ValueError, match="target.classifier.is.label: there 2, here 9"):
                 run.run(NATURAL)
         else:
             assert run.run(NATURAL)["adversarial"].tolist() == [9] * 4

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import pandas as pd
 import pytest
-from cheap_defense import ATTACK, N_DRAWS, Noisy, attacked, evaluation, same, shards
+from cheap_defense import ATTACK, Noisy, attacked, evaluation, same, shards
 
 from lgap_utils import evaluate, results, rows, tables
 from lgap_utils.files import folder_lock, write_whole
@@ -46,13 +46,13 @@ def page(shard, folder):
 
 def flip(shard, folder):
     data = bytearray(shard.read_bytes())
-    data[data.index(b"a picture of") + 3] ^= 1
+    data[data.index(pd.read_parquet(shard)["image"][0].encode()) + 3] ^= 1
     shard.write_bytes(data)
 
 
 def rename_a_column(shard, folder):
     data = shard.read_bytes()
-    shard.write_bytes(data.replace(b"adversarial", b"adversariak"))
+    shard.write_bytes(data.replace(b"broke_at", b"broke_au"))
 
 
 def foreign(shard, folder):
@@ -111,7 +111,7 @@ def test_no_flipped_bit_changes_a_row_unseen(copied, capsys):
         other.unlink()
     rows = evaluation(copied).rows(ATTACK)
     whole, expected, pick, set_aside = shard.read_bytes(), rows.read(), random.Random(0), 0
-    name = whole.index(b"adversarial")
+    name = whole.index(b"broke_at")
     for place in [*range(name - 12, name + 12), *(pick.randrange(len(whole)) for _ in range(60))]:
         data = bytearray(whole)
         data[place] ^= 1 << pick.randrange(8)
@@ -120,7 +120,7 @@ def test_no_flipped_bit_changes_a_row_unseen(copied, capsys):
         printed = capsys.readouterr().out
         assert table.empty and "kept as" in printed if printed else (table == expected).all(axis=None)
         set_aside += bool(printed)
-    assert len(expected) == 2 * (N_DRAWS + 1) and 40 < set_aside < 84
+    assert len(expected) == 2 and 40 < set_aside < 84
 
 
 # ---------------------------------------------------------------- a full disk, a killed process
@@ -136,7 +136,7 @@ def test_a_full_disk_ends_in_a_sentence_and_leaves_earlier_shards_whole(
     def full(first, *args, **kwargs):
         if name == "fsync" or ".parquet." in str(first):
             calls.append(first)
-            if len(calls) > 7:
+            if len(calls) > (18 if name == "fsync" else 14):  # in the attack's third shard
                 raise OSError(28, "No space left on device")
         return real(first, *args, **kwargs)
 
@@ -216,7 +216,7 @@ def test_killed_at_twenty_random_moments_and_resumed_it_ends_with_the_same_resul
         assert same(table, unbroken[1])
         assert results_of(table, tmp_path / str(run)) == results_of(unbroken[1], tmp_path)
         assert run == finished or not purifier.keys
-    assert finished or 0 < len(attacked(purifier)) < 8  # the last was killed on its way, and not at its start
+    assert finished or len(attacked(purifier)) < 8  # the last was killed on its way, and not at its start
 
 
 # ---------------------------------------------------------------- two at once in one folder
@@ -284,11 +284,13 @@ def test_rows_that_vanish_while_they_are_read_are_an_error_and_no_smaller_table(
 
     def robbed(self):
         calls.append(self)
-        if len(calls) == 4:  # natural; the attack's; again, as its only writer; when all is done
+        if (
+            len(calls) == 6
+        ):  # natural and its scores; the attack's; again, as its only writer; when all is done
             shards(copied)[0].unlink()
         return read(self)
 
     shards(copied)[1].unlink()
     monkeypatch.setattr(Rows, "read", robbed)
-    with pytest.raises(RuntimeError, match="image 10 has 0 rows of 4, 2 images lack some"):
+    with pytest.raises(RuntimeError, match="image 10 has 0 rows of 1, 2 images lack some"):
         evaluation(copied).run(ATTACK)

@@ -62,7 +62,7 @@ class Tally:
 
     def __init__(self):
         self.counts = Counter()
-        self.done = defaultdict(set)  # {(folder, attack): indices of images}
+        self.done = defaultdict(set)  # {(folder, attack) or with a defence: indices}
 
     def caption(self, captioner, x):
         self.counts["captions"] += len(x)
@@ -89,36 +89,54 @@ class Tally:
         pixels = [pixels.numpy().tobytes() for pixels in few.pixels]
         return rows.assign(prediction=few.labels, caption="a picture", linf=0.0, purified=pixels, seconds=0.0)
 
-    def run(self, evaluation, attack, indices=None):
+    def new(self, wanted, *what):
+        """Those of the images that were not asked for before."""
+        found = set(wanted) - self.done[what]
+        self.done[what] |= found
+        return found
+
+    def times(self, n, before):
+        """What was counted since `before`, for one image, for n."""
+        for name, of_one in (self.counts - before).items():
+            self.counts[name] += (n - 1) * of_one
+
+    def run(self, evaluation, attack, indices=None, defenses=None):
         """In place of Evaluation.run: `plan`'s trial, scoring as one image costs, the attack as it says."""
         images = evaluation.images
         wanted = images.indices.tolist() if indices is None else [int(i) for i in indices]
+        names = list(defenses or evaluation.defenses)
         if attack != NATURAL:
-            self.run(evaluation, NATURAL, wanted)
-        new = set(wanted) - self.done[evaluation.folder, attack.name]
-        self.done[evaluation.folder, attack.name] |= new
-        if new:
+            self.run(evaluation, NATURAL, wanted, names)
+        for name in names:
+            judged = self.new(wanted, evaluation.folder, attack.name, name)
+            before = self.counts.copy()
+            if judged:
+                evaluation.score(evaluation.defenses[name], images.x[:1], images.indices[:1])
+            self.times(len(judged), before)
+        if new := self.new(wanted, evaluation.folder, attack.name):
             evaluation.plan(attack, len(new))
             before = self.counts.copy()
-            for defense in evaluation.defenses.values():
-                evaluation.score(defense, images.x[:1], images.indices[:1])
+            self.counts["captions"] += attack.view in ("caption", "joint")  # of the clean image, to aim at
             forward, gradient = attack.purifications()
             if forward + gradient:  # one caption a look, for all of its draws, or one for the whole attack
                 looks = (forward + gradient) // attack.n_eot
-                self.counts["captions"] += looks if attack.captions == "anew" else 1
+                if isinstance(evaluation.target.captioner, models.Captioner):
+                    self.counts["captions"] += looks if attack.captions == "anew" else 1
+                if attack.view == "one step":  # a denoiser call without guidance is a small part of one
+                    gradient = 0
                 self.add(forward, evaluation.target.purifier)
                 self.add(gradient, evaluation.target.purifier, gradient=True)
-            for name, of_one in (self.counts - before).items():
-                self.counts[name] += (len(new) - 1) * of_one
+            self.times(len(new), before)
         rows = []
         for index in wanted[:SHOWN]:
-            for name, defense in evaluation.defenses.items():
-                rows += [(index, name, draw) for draw in range(evaluation.draws_of(defense))]
+            for name in names:
+                n_draws = evaluation.draws_of(evaluation.defenses[name])
+                rows += [(index, name, draw) for draw in range(n_draws)]
         table = pd.DataFrame(rows, columns=["index", "defence", "draw"])
         of_attack = {name: getattr(attack, name) for name in ("eps_255", "n_steps", "n_eot", "success")}
         blank: dict[str, Any] = {"label": 0, "clean": 0, "adversarial": 0, "linf": 0.0, "inside": True}
         blank |= {"caption": "a picture", "caption_clean": "a picture", "flags": "", "seconds": 0.0}
-        blank |= {"broke_at": -1, "bad_gradients": 0}
+        blank |= {"broke_at": -1, "bad_gradients": 0, "random": True, "change": b""}
         return table.assign(attack=attack.name, **of_attack, **blank)
 
 
@@ -166,7 +184,11 @@ def count(plan: dict[Path, Values]) -> Costs:
         models.load_classifier: lambda *_, **__: classifier,
         train.finetune: lambda *_, **__: [{"epoch": 1, "loss": 0.0, "train": 1.0, "validation": 1.0}],
     }
-    same = {"encode": lambda _, x, keys: x, "decode": lambda _, z: z, "at_working_size": lambda _, x: x}
+    same = {
+        "encode": lambda _, x, keys: x.repeat_interleave(len(keys) // len(x), 0),
+        "decode": lambda _, z: z,
+        "at_working_size": lambda _, x: x,
+    }
     plt.switch_backend("agg")
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())

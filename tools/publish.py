@@ -21,7 +21,7 @@ from tools import texts  # noqa: E402
 
 RESULTS = (
     *("results.json", "tables/*.csv", "tables/*.md", "tables/*.tex", "figures/*.png"),
-    *("rows/table*/*/*.parquet", "rows/table*/*/config.json"),
+    *("rows/table*/**/*.parquet", "rows/table*/**/config.json"),
     *("classifier_*/*.json", "classifier_*/*.safetensors", "classifier_*/SHA256SUMS"),
 )
 
