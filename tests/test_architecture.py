@@ -20,7 +20,7 @@ PACKAGE = [file for file in SOURCES if file.parent.name == "lgap_utils"]
 FLOORS = (
     ("profiles", "noise", "batches", "words", "toy", "identity", "progress"),
     ("files", "checks"),
-    ("hub", "images"),
+    ("hub", "images", "picture"),
     ("data_files", "loading", "rows", "train", "defense"),
     ("imagenet", "zoo", "baselines", "attacks"),
     ("data", "autoattack", "surrogates", "diffpure"),
