@@ -27,7 +27,7 @@ FLOORS = (
     ("models", "protocols"),
     ("evaluate", "tables"),
     ("experiment", "verdicts", "figures"),
-    ("results",),
+    ("results", "kept"),
     ("ladders",),
     ("language",),
 )
@@ -84,8 +84,8 @@ def lines_of(files: list[Path]) -> int:
 
 
 def test_the_package_and_the_tools_stay_thin():
-    assert lines_of(PACKAGE) <= 6000
-    assert lines_of([file for file in SOURCES if file.parent.name == "tools"]) <= 1500
+    assert lines_of(PACKAGE) <= 7200
+    assert lines_of([file for file in SOURCES if file.parent.name == "tools"]) <= 3000
 
 
 @pytest.mark.parametrize("file", SOURCES, ids=lambda file: f"{file.parent.name}/{file.name}")
