@@ -18,14 +18,14 @@ PACKAGE = [file for file in SOURCES if file.parent.name == "lgap_utils"]
 
 # From the ground up, as CONTRIBUTING.md draws them. A module imports from its own floor or from those below.
 FLOORS = (
-    ("profiles", "noise", "batches", "words", "toy", "identity"),
+    ("profiles", "noise", "batches", "workers", "words", "toy", "identity"),
     ("files", "checks"),
     ("hub", "images"),
     ("data_files", "loading", "rows", "train", "defense"),
     ("imagenet", "zoo", "baselines", "attacks"),
     ("data", "autoattack", "surrogates"),
     ("models", "protocols"),
-    ("evaluate", "tables"),
+    ("evaluate", "purified", "tables"),
     ("experiment", "verdicts", "figures"),
     ("results",),
 )
