@@ -27,6 +27,7 @@ from checkpoints import pretrain  # noqa: E402
 from checkpoints.captions import captions_of, mistaken_captions  # noqa: E402
 from checkpoints.measure import measured  # noqa: E402
 from checkpoints.new_models import new_captioner, new_diffusion, new_vae  # noqa: E402
+from checkpoints.rival import new_rival, train_rival  # noqa: E402
 from lgap_utils import models  # noqa: E402
 from lgap_utils.data import load_images  # noqa: E402
 from lgap_utils.files import write_checksums  # noqa: E402
@@ -105,6 +106,8 @@ RECIPES = {
                 },
             ),
         },
+        # times that purification meets, and half as many again
+        "rival": {"channels": (96, 128, 160), "fold": 2, "below": 150, "epochs": 3.3, "bf16": True},
     },
     # Yoon et al.'s (meliketoy/wide-resnet.pytorch): the crop is padded with zeros, the momentum is not
     # Nesterov's
@@ -218,11 +221,20 @@ def make_diffusion(
     purifier.scheduler.save_pretrained(job.out / "diffusion" / "scheduler")
 
 
+def make_rival(job: Job, channels: Sequence[int], fold: int, **how: Any) -> None:
+    """Train and save the pixel-space denoiser of a DiffPure-style purifier."""
+    unet, scheduler = new_rival(job.profile.size, channels, fold)
+    train_rival(unet, scheduler, job.images, job.work, device=job.device, **how)
+    unet.half().save_pretrained(job.out / "rival")
+    scheduler.save_pretrained(job.out / "rival")
+
+
 PARTS = {
     "classifier": make_classifier,
     "captioner": make_captioner,
     "vae": make_vae,
     "diffusion": make_diffusion,
+    "rival": make_rival,
 }
 
 # ---------------------------------------------------------------- profiles
@@ -231,7 +243,7 @@ PARTS = {
 def make_trio(name: str, parts: Sequence[str], device: Any) -> None:
     """Make the named parts of a bundled profile, into checkpoints/NAME."""
     profile, recipe, out = get_profile(name), RECIPES[name], HERE / name
-    trained = [part for part in PARTS if part in parts]
+    trained = [part for part in PARTS if part in parts and part in recipe]
     if trained:
         images = load_images(profile.dataset, "train", recipe["n"])
         captions = captions_of(images)

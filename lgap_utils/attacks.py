@@ -63,13 +63,14 @@ class View(Frozen):
 
     def captions_of(self, x: Tensor, keys: Keys) -> list[str]:
         """The frozen captions of images x, or new ones."""
+        keys = keys[:: len(keys) // len(x)]
         if self.captions is None:
-            return self.defense.caption(x)
-        return [self.captions[index] for index in keys.indices[:: len(keys) // len(x)]]
+            return self.defense.caption(x, keys)
+        return [self.captions[index] for index in keys.indices]
 
     def captioned(self, x: Tensor, indices: Sequence[int | str]) -> View:
         """This view, its captions frozen to those of x. Raises ValueError if an index has two of them."""
-        frozen, captions = copy.copy(self), self.defense.caption(x.clone())
+        frozen, captions = copy.copy(self), self.defense.caption(x.clone(), Keys(indices))
         frozen.captions = dict(zip(indices, captions))
         if [frozen.captions[index] for index in indices] != captions:
             raise ValueError("keys: two images have the same index and different captions")

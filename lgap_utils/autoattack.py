@@ -71,6 +71,7 @@ def autoattack(
     n_steps: int = 100,
     n_eot: int = 20,
     block: int = 1,
+    move_all: bool = False,
     record: Record | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> Tensor:
@@ -80,6 +81,8 @@ def autoattack(
     draws a step); "custom" with names of `attacks`, as ("square",) with `n_queries`. n_steps: APGD's. block:
     neighbours of equal index // block go together and share draws, seeded by the first one's key. A `View`
     draws fresh noise at each call; the point of the highest loss is returned, even if the last draw is right.
+    move_all: AutoAttack hands back clean what the model mislabels already, or what it could not break; then
+    APGD's point of the highest cross-entropy takes its place.
     Raises TypeError or ValueError for bad input, MemoryError for a block that does not fit.
     """
     checks.check_images(x)
@@ -100,7 +103,10 @@ def autoattack(
             library.logger = library.apgd.logger = library.apgd_targeted.logger = logger = _Flags()
             library.apgd.eot_iter = n_eot if version == "rand" else 1
             library.square.n_queries = n_queries
-            out[rows] = _attacked(library, model, x[rows], y[rows].to(x.device), key, n_eot)
+            own = x[rows], y[rows].to(x.device)
+            out[rows] = _attacked(library, model, *own, key, n_eot)
+            if move_all:
+                out[rows] = _moved(library, *own, out[rows])
         flags += ["; ".join(dict.fromkeys(logger.texts))] * len(rows)
         if progress:
             progress(len(rows))
@@ -158,6 +164,17 @@ def _attacked(library: Any, model: Model, x: Tensor, y: Tensor, key: Keys, n_eot
             raise
         what = f"AutoAttack's {len(x)} images of a block"  # which is not halved, as they share their draws
         raise MemoryError(f"{what} do not fit into memory; lower `autoattack_block`") from error
+
+
+def _moved(library: Any, x: Tensor, y: Tensor, adv: Tensor) -> Tensor:
+    """`adv`, with the point of the highest cross-entropy in the ball where it is x [n, 3, h, w] still."""
+    still = ((adv - x).abs().flatten(1).amax(1) == 0).nonzero().flatten()
+    if len(still):
+        torch.manual_seed(library.seed)
+        library.apgd.loss = "ce"
+        points = library.apgd.perturb(x[still], y[still], best_loss=True)
+        adv = adv.index_copy(0, still, points.to(adv))
+    return adv
 
 
 def _strongest(library: Any, view: View, x: Tensor, y: Tensor, key: Keys, n_eot: int) -> Tensor:

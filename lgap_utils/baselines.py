@@ -11,7 +11,7 @@ A purifier is any callable (x, captions, keys) -> images like x [n, 3, h, w], in
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -20,11 +20,33 @@ from PIL import Image
 from torch import Tensor
 
 from .defense import LGAP, LatentPurifier
-from .identity import identity, named
+from .identity import digest, identity, named
 from .images import mend_rounding, resize
 from .noise import Keys
 
 no_caption = named(lambda x: [""] * len(x), "no caption")  # the captioner of a purifier that reads no caption
+
+
+class Told:
+    """A captioner that says what it was told of each image: nothing in the pixels can mislead it.
+
+    texts: {index of an image: its caption}, and `name` says what they are. Raises ValueError for an image
+    that it knows nothing of.
+    """
+
+    takes_keys = True
+
+    def __init__(self, texts: Mapping[int | str, str], name: str):
+        self.texts, self.name = dict(texts), name
+
+    def settings(self) -> dict[str, Any]:
+        """What it is: its name, and a digest of the captions."""
+        return {"name": self.name, "captions": digest(sorted(self.texts.items()))}
+
+    def __call__(self, x: Tensor, keys: Keys) -> list[str]:
+        if unknown := [index for index in keys.indices if index not in self.texts]:
+            raise ValueError(f"{self.name}: no caption for image {unknown[0]!r}; there are {len(self.texts)}")
+        return [self.texts[index] for index in keys.indices]
 
 
 class Purifier:
@@ -102,7 +124,11 @@ def without_caption(purifier: LatentPurifier) -> Purifier:
         with purifier.using(guidance_scale=1.0):
             return purifier(x, [""] * len(x), keys)
 
-    return Purifier(function, random=True, made_of=purifier, purifier="no caption", guidance_scale=1.0)
+    purifier_alone = Purifier(
+        function, random=True, made_of=purifier, purifier="no caption", guidance_scale=1.0
+    )
+    purifier_alone.denoises = True
+    return purifier_alone
 
 
 def _check_latent(purifier: Any) -> None:

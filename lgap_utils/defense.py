@@ -63,12 +63,17 @@ class LGAP(nn.Module):
     def forward(self, x: Tensor, captions: Captions = None, keys: Keys | None = None) -> Tensor:
         return self.classify(self.purify(x, captions, keys), keys)
 
-    def caption(self, x: Tensor) -> list[str]:
-        """captioner(x), paper section 3.1 (BLIP): one string per image, without a gradient."""
+    def caption(self, x: Tensor, keys: Keys | None = None) -> list[str]:
+        """captioner(x), paper section 3.1 (BLIP): one string per image, without a gradient.
+
+        keys: one for each image. A captioner with an attribute `takes_keys` is called as captioner(x, keys).
+        """
         checks.check_images(x)
-        checks.check_part(self.captioner, "captioner", "x")
+        told = getattr(self.captioner, "takes_keys", False)
+        extra = (Keys.of_content(x) if keys is None else keys,) if told else ()
+        checks.check_part(self.captioner, "captioner", "x", *("keys" for _ in extra))
         with torch.no_grad():
-            captions = self.captioner(x.detach().clone())
+            captions = self.captioner(x.detach().clone(), *extra)
         return checks.checked_captions(captions, len(x))
 
     def purify(
@@ -81,10 +86,12 @@ class LGAP(nn.Module):
         checks.check_images(x)
         extra = {} if trace is None else {"trace": trace}
         checks.check_part(self.purifier, "purifier", "x", "captions", "keys", *extra)
-        captions = self.caption(x) if captions is None else checks.checked_captions(captions, len(x))
         keys = Keys.of_content(x) if keys is None else keys
         checks.check_keys(keys, len(x), many=True)
         n_draws = len(keys) // len(x)
+        if captions is None:
+            captions = self.caption(x, keys[::n_draws])
+        captions = checks.checked_captions(captions, len(x))
         images = x.clone()  # a part may work in place, and others still need x
         if n_draws > 1 and not getattr(self.purifier, "takes_draws", False):
             images = images.repeat_interleave(n_draws, 0)

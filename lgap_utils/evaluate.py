@@ -239,7 +239,8 @@ class Evaluation:
         captions, labels, softmax = [], [], []
 
         def score_part(p: slice) -> None:
-            texts, keys = defense.caption(x[p]), Keys(indices[p], self.seed).at([0] * len(x[p]), n_draws)
+            keys = Keys(indices[p], self.seed)
+            texts, keys = defense.caption(x[p], keys), keys.at([0] * len(x[p]), n_draws)
             if len(x[p]) > 1:
                 logits = defense(x[p], texts, keys)
             else:  # the draws of a single image may be taken apart, too

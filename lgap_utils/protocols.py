@@ -52,6 +52,7 @@ class Attack:
     n_restarts: int = 1  # paper silent
     version: str = "standard"  # AutoAttack's
     block: int = 1  # images that AutoAttack takes at a time; at more than 1 they share draws
+    move_all: bool = False  # AutoAttack moves what the classifier mislabels already, too (see `autoattack`)
 
     def __post_init__(self):
         checks.check_choice("optimiser", self.optimiser, ("none", "pgd", "autoattack", "square"))
@@ -63,9 +64,11 @@ class Attack:
             raise ValueError(f"eps_255={self.eps_255!r}: expected a number in 1/255, that is 8 and not 8/255")
         self._pgd()  # checks what it takes
         checks.check_counts(block=self.block)
-        checks.check_flags(masked=self.masked)
+        checks.check_flags(masked=self.masked, move_all=self.move_all)
         if self.block > 1 and (self.optimiser != "autoattack" or self.view != "blind"):
             raise ValueError(f"block={self.block}: only AutoAttack on the blind view takes several images")
+        if self.move_all and (self.optimiser != "autoattack" or self.view != "blind"):
+            raise ValueError("move_all=True: only AutoAttack on the blind view leaves images where they are")
         if self.view in ("caption", "joint") and self.optimiser != "pgd":
             raise ValueError(
                 f"optimiser={self.optimiser!r}: only the optimiser 'pgd' has the view {self.view!r}"
@@ -112,6 +115,7 @@ class Attack:
             settings |= {"version": "custom", "attacks": ("square",), "n_queries": self.n_steps}
         else:
             settings |= {"version": self.version, "n_steps": self.n_steps, "block": self.block}
+            settings |= {"move_all": self.move_all}
         return autoattack(model, x, y, **settings)
 
     def _pgd(self) -> PGD:
@@ -162,6 +166,8 @@ class Attack:
             words.append(f"{self.n_eot} draws")
         if self.block > 1:
             words.append(f"blocks of {self.block}")
+        if self.move_all:
+            words.append("every image moved")
         return ", ".join(words)
 
     def _describe_pgd(self) -> list[str]:
@@ -211,7 +217,6 @@ _ATTACKS = [
     Attack("PGD-10", n_steps=10),
     # beyond the paper: what an attacker does who sees the whole defence
     Attack("PGD-20+EOT, full gradient", view="full", n_steps=20, n_eot=5),
-    Attack("PGD-20+EOT, full gradient, clean caption", view="full", n_steps=20, n_eot=5, captions="clean"),
     Attack("PGD-20, full gradient, known noise", view="full", n_steps=20, known_noise=True),
     Attack("Square", optimiser="square", view="full", n_steps=100, n_eot=4),
     # cheap surrogates of the purifier; the captioner as a target, alone and with the full gradient

@@ -95,8 +95,9 @@ class _Purifying:
 def _purified(defense: LGAP, images: Images, x: torch.Tensor, seed: int) -> list[dict[str, Any]]:
     """The rows of images x [n, 3, h, w], purified together; images: those that they were made of."""
     began = time.perf_counter()
-    captions = defense.caption(x)
-    purified = defense.purify(x, captions, Keys(images.indices, seed))
+    keys = Keys(images.indices, seed)
+    captions = defense.caption(x, keys)
+    purified = defense.purify(x, captions, keys)
     undefended, prediction = (defense.classify(batch).argmax(1).tolist() for batch in (x, purified))
     pixels = (purified.cpu().clamp(0, 1) * 255).round().to(torch.uint8).numpy()
     seconds = (time.perf_counter() - began) / len(x)

@@ -83,7 +83,9 @@ class caption(View):
         """This view with the targets of images x [n, 3, h, w] with labels y [n]."""
         view = copy.copy(self)
         view.targets = {}
-        for image, label, index, text in zip(x, y.tolist(), indices, self.defense.caption(x.clone())):
+        for image, label, index, text in zip(
+            x, y.tolist(), indices, self.defense.caption(x.clone(), Keys(indices))
+        ):
             view.targets[index] = wrong_caption(self.defense, image, text, label)
         return view
 

@@ -23,7 +23,7 @@ FLOORS = (
     ("hub", "images"),
     ("data_files", "loading", "rows", "train", "defense"),
     ("imagenet", "zoo", "baselines", "attacks"),
-    ("data", "autoattack", "surrogates"),
+    ("data", "autoattack", "surrogates", "diffpure"),
     ("models", "protocols"),
     ("evaluate", "purified", "tables"),
     ("experiment", "verdicts", "figures"),

@@ -273,3 +273,18 @@ def test_the_targeted_parts_of_autoattack_take_all_other_classes_and_nine_at_mos
         )
         autoattack(model, X[:1], model(X[:1]).argmax(1), keys=KEYS[:1], **quick | {"eps": 1e-6})
     assert targets == [3, 6, 9, 9]
+
+
+def test_with_move_all_what_is_mislabelled_already_moves_to_a_higher_loss_and_the_rest_stays(quick):
+    y = net(X[:4]).argmax(1)
+    y[1] = (y[1] + 1) % 10  # mislabelled before any attack
+    how = {"keys": KEYS[:4], "block": 4} | quick
+    plain, moved = (autoattack(net, X[:4], y, move_all=flag, **how) for flag in (False, True))
+    still = (plain == X[:4]).flatten(1).all(1)
+    assert still[1] and torch.equal(moved[~still], plain[~still])
+    assert ((moved - X[:4]).abs().flatten(1).amax(1) > 0).all()
+    assert (moved - X[:4]).abs().max() <= quick["eps"] + 1e-6 and moved.min() >= 0 and moved.max() <= 1
+    loss = lambda x: F.cross_entropy(net(x), y, reduction="none")
+    assert (loss(moved)[still] > loss(plain)[still]).all()
+    with pytest.raises(ValueError, match="move_all"):
+        Attack("x", view="bpda", move_all=True)

@@ -8,7 +8,9 @@ import torch
 from PIL import Image
 
 from lgap_utils import baselines
+from lgap_utils.attacks import full
 from lgap_utils.baselines import with_purifier
+from lgap_utils.defense import LGAP
 from lgap_utils.identity import identity
 from lgap_utils.noise import Keys
 
@@ -110,3 +112,18 @@ def test_another_purifier_stands_before_the_same_classifier_and_captions_nothing
     assert other.caption(images.x[:3]) == [""] * 3 and other.classes == defense.classes
     with torch.no_grad():
         assert torch.equal(other(images.x[:3]), defense.classify(images.x[:3]))
+
+
+def test_a_captioner_that_was_told_says_it_of_each_image_under_every_view(defense, purifier, images):
+    told = baselines.Told({7: "a red ring", 9: "a blue disc"}, "true class")
+    mine, keys = LGAP(told, purifier, defense.classifier), Keys([9, 7])
+    x = images.x[:2]
+    assert mine.caption(x, keys) == ["a blue disc", "a red ring"]
+    with torch.no_grad():
+        expected = mine.purify(x, ["a blue disc", "a red ring"], keys.at([0, 0], 2))
+        assert torch.equal(mine.purify(x, keys=keys.at([0, 0], 2)), expected)
+        assert torch.equal(full(mine)(x, keys.at([0, 0], 2)), mine.classify(expected))
+    assert full(mine).captioned(x, [9, 7]).captions == {9: "a blue disc", 7: "a red ring"}
+    assert identity(told) != identity(baselines.Told({7: "a red ring"}, "true class"))
+    with pytest.raises(ValueError, match="true class: no caption for image 8"):
+        mine.caption(x, Keys([7, 8]))
