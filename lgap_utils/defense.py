@@ -207,14 +207,12 @@ class LatentPurifier(nn.Module):
         self.vae, self.unet, self.text_encoder = vae.eval(), unet.eval(), text_encoder.eval()
         self.requires_grad_(False)
         self.tokenizer, self.scheduler = tokenizer, scheduler
-        self.truncated = 0  # captions that were longer than the text encoder reads
-        self._kept = Kept()
+        self._kept, self.truncated = Kept(), 0  # captions that were longer than the text encoder reads
         checks.check_networks(vae.config, unet.config, text_encoder.config, tokenizer, scheduler.config)
         self._set(settings)
 
     def _set(self, settings: dict[str, Any]) -> None:
-        names = (*self.SETTINGS, "checkpointing")
-        if unknown := sorted(set(settings) - set(names)):
+        if unknown := sorted(set(settings) - {*(names := (*self.SETTINGS, "checkpointing"))}):
             raise ValueError(f"a purifier has no setting {', '.join(unknown)}; choose from {sorted(names)}")
         for name, value in settings.items():
             setattr(self, name, value)
@@ -308,9 +306,8 @@ class LatentPurifier(nn.Module):
 
     def recomputed(self, function: Callable[..., Any], *args: Any) -> Any:
         """function(*args), which the backward pass computes again where what it needs is not kept."""
-        if not torch.is_grad_enabled() or self.checkpointing is False:
-            return function(*args)
-        if self.checkpointing is None and self._kept.fits(function, args, list(self.parameters())):
+        keep = self.checkpointing is False or not torch.is_grad_enabled()
+        if keep or (self.checkpointing is None and self._kept.fits(function, args, [*self.parameters()])):
             return function(*args)
         settings = {name: getattr(self, name) for name in self.SETTINGS}
 

@@ -27,6 +27,7 @@ from .protocols import NATURAL, Attack
 from .rows import Frame, Rows, known_images, open_rows, packed, unpacked
 from .rows import attacked_images as attacked_images  # of the rows that are made here
 from .workers import spread
+from .zoo import before_unpickling
 
 KEY = ["index", "defence", "draw"]  # of a row
 SOFTMAX = "logits look like softmax probabilities"  # a flag of rows
@@ -154,7 +155,8 @@ class Evaluation:
 
     def _spread(self, work: Callable[..., Any], tasks: list[Any], bar: Any) -> Iterator[list[dict[str, Any]]]:
         """The rows that work(self, *task) makes of each task, here or by workers."""
-        return spread(self, self.device, work, tasks, self.workers, bar.set_postfix_str)
+        how = (self.workers, bar.set_postfix_str, before_unpickling())
+        return spread(self, self.device, work, tasks, *how)
 
     def _cut(self, indices: list[int], size: int) -> list[list[int]]:
         """Parts of `size` indices, or fewer where every worker is to have one."""

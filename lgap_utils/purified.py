@@ -20,6 +20,7 @@ from .noise import Keys
 from .profiles import check_whole
 from .rows import known_images, open_rows
 from .workers import spread
+from .zoo import before_unpickling
 
 
 def purify_rows(
@@ -66,7 +67,8 @@ def purify_rows(
                 first += len(part)
 
         with tqdm(total=len(x), initial=len(x) - len(places), desc=title, mininterval=2) as bar:
-            for made in spread(purifying, device, _Purifying.rows, tasks(), workers, bar.set_postfix_str):
+            how = (workers, bar.set_postfix_str, before_unpickling())
+            for made in spread(purifying, device, _Purifying.rows, tasks(), *how):
                 rows.write(made)
                 bar.update(len(made))
 
