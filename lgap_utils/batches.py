@@ -116,7 +116,7 @@ class Kept(dict):
         args: the images first; what has a length has as many rows for each of them.
         """
         n = len(args[0])
-        one = [arg if isinstance(arg, int) else arg[: len(arg) // n] for arg in args]
+        one: list[Any] = [arg if isinstance(arg, int) else arg[: len(arg) // n] for arg in args]
         key = (function.__name__, frozen[0].dtype, *(getattr(arg, "shape", None) for arg in one))
         if key not in self:
             one[0] = one[0].detach().requires_grad_()

@@ -55,10 +55,9 @@ def sources() -> str:
 
 
 def connected(n: int) -> Any:
-    """The module `ray`, connected to $LGAP_RAY_ADDRESS, or else to a cluster of this process alone.
+    """The module `ray`, connected to $LGAP_RAY_ADDRESS, or to a cluster that ends with this process.
 
-    That one listens on the loopback only and ends with this process. Raises ModuleNotFoundError without Ray,
-    ConnectionError for no answer.
+    That one listens on the loopback only. Raises ModuleNotFoundError or ConnectionError.
     """
     address = os.environ.get("LGAP_RAY_ADDRESS")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -107,7 +106,7 @@ def spread(
         box = [first, ray.put(held.to(torch.device("cpu")))]
     finally:
         held.to(device)
-    on_gpu = ray.cluster_resources().get("GPU") and not os.environ.get("LGAP_DEVICE", "").startswith("cpu")
+    on_gpu = ray.cluster_resources().get("GPU") and "cpu" not in os.environ.get("LGAP_DEVICE", "")
     new = lambda: ray.remote(Worker).options(num_cpus=1, num_gpus=1 if on_gpu else 0).remote()
     greet = lambda worker: (worker.hello.remote(sources()), (worker, None))
     # {what is awaited: (its worker, the place of its task; None: of its start)}
