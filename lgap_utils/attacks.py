@@ -19,6 +19,7 @@ from . import checks
 from .batches import BatchSize
 from .defense import LGAP
 from .noise import Keys
+from .profiles import check_whole
 
 
 class Frozen(nn.Module):
@@ -117,7 +118,7 @@ class Record:
 class PGD:
     """The numbers of a PGD. Raises ValueError for bad ones."""
 
-    eps: float  # L-inf radius in pixels of [0, 1], so 8/255 and not 8
+    eps: float  # radius in pixels of [0, 1], so 8/255 and not 8
     step_size: float  # in pixels of [0, 1], too
     n_steps: int
     random_start: bool = True  # anywhere in the ball around x, if there are keys; else at x
@@ -126,9 +127,16 @@ class PGD:
     any_step: bool = False  # an image is returned as it is where the attacker first sees it misclassified
     n_restarts: int = 1  # an image that is still right after its last step begins anew
     known_noise: bool = False  # the attacker's draws are the defender's own; else they are fresh at each step
+    norm: str = "linf"  # of eps and step_size, or "l2"
+    low_pass: int = 1  # the perturbation is moved in squares of so many pixels: low frequencies alone
+    target: int | None = None  # the class that is aimed at; its own images are aimed at a neighbour
 
     def __post_init__(self):
         checks.check_choice("average", self.average, AVERAGES)
+        checks.check_choice("norm", self.norm, ("linf", "l2"))
+        checks.check_counts(low_pass=self.low_pass)
+        if self.target is not None:
+            check_whole("target", self.target, 0)
         checks.check_numbers(1, eps=self.eps, step_size=self.step_size)
         checks.check_counts(n_steps=self.n_steps, n_eot=self.n_eot, n_restarts=self.n_restarts)
         flags = ("random_start", "any_step", "known_noise")
@@ -144,13 +152,35 @@ class PGD:
         """Where an attack on x begins: in the ball of radius eps around it, or at x."""
         if keys is None or not self.random_start:
             return x.clone()
-        noise = keys.at([restart] * len(x)).uniform(x.shape[1:], "start").to(x)
-        return (x + self.eps * (2 * noise - 1)).clamp(0, 1)
+        noise = 2 * keys.at([restart] * len(x)).uniform(x.shape[1:], "start").to(x) - 1
+        noise = self.smoothed(noise) if self.low_pass > 1 else noise
+        if self.norm == "l2":
+            noise = noise / _length(noise)
+        return (x + self.eps * noise).clamp(0, 1)
 
     def ascend(self, x: Tensor, adv: Tensor, grad: Tensor) -> Tensor:
-        """The next iterate: a step along the gradient's sign, and back into the ball and into [0, 1]."""
-        moved = adv + self.step_size * grad.nan_to_num(0, 0, 0).sign()
+        """The next iterate: a step along the gradient or its sign, and back into the ball and into [0, 1]."""
+        grad = self.smoothed(grad.nan_to_num(0, 0, 0))
+        if self.norm == "l2":
+            change = adv + self.step_size * grad / _length(grad) - x
+            return (x + change * (self.eps / _length(change)).clamp(max=1)).clamp(0, 1)
+        moved = adv + self.step_size * grad.sign()
         return (x + (moved - x).clamp(-self.eps, self.eps)).clamp(0, 1)
+
+    def smoothed(self, change: Tensor) -> Tensor:
+        """A change of images [n, 3, h, w], averaged over squares of low_pass pixels."""
+        if self.low_pass == 1:
+            return change
+        means = F.avg_pool2d(change, self.low_pass, ceil_mode=True)
+        squares = means.repeat_interleave(self.low_pass, 2).repeat_interleave(self.low_pass, 3)
+        return squares[:, :, : change.shape[2], : change.shape[3]]
+
+    def aims(self, y: Tensor) -> Tensor:
+        """The labels whose loss is differentiated: y, or the classes that are aimed at."""
+        if self.target is None:
+            return y
+        neighbour = self.target - 1 if self.target else 1
+        return torch.where(y == self.target, neighbour, self.target)
 
     def draws(self, keys: Keys | None, walks: Sequence[Walk]) -> Keys | None:
         """The keys of what the next step draws, n_eot for each image; keys: one for each of all images."""
@@ -166,6 +196,11 @@ class PGD:
         if self.average != "logits":
             return n_images * min(self.n_eot, most)
         return n_images * self.n_eot if n_images > 1 else 1
+
+
+def _length(x: Tensor) -> Tensor:
+    """Euclidean norms [n, 1, 1, 1] of images, not zero."""
+    return x.flatten(1).norm(dim=1).clamp(min=1e-12).view(-1, 1, 1, 1)
 
 
 @dataclass
@@ -202,7 +237,7 @@ def pgd(
     progress: Callable[[int], object] | None = None,
     **numbers: Any,
 ) -> Tensor:
-    """L-inf projected gradient ascent on the cross-entropy (Madry et al. 2018): adversarial images like x.
+    """Projected gradient ascent on the cross-entropy (Madry et al. 2018): adversarial images like x.
 
     x: images [n, 3, h, w] in [0, 1]; y: labels [n]; both are left as they are. numbers: those of `PGD`. keys:
     one per image, for random starts and a `View`. masked_by: a model; images that it mislabels stay
@@ -217,16 +252,19 @@ def pgd(
     if keys is not None or isinstance(model, View):
         checks.check_keys(keys, len(x))
     y, adv, walks = y.to(x.device), p.start(x, keys), [Walk(row) for row in range(len(x))]
+    aims = p.aims(y)
     while live := [walk for walk in walks if not walk.done]:
         batch = live[: max(1, room.size // p.n_eot)]
         rows, draws = [walk.row for walk in batch], p.draws(keys, batch)
         fits, result = room.attempt(
-            lambda: gradient(model, adv[rows], y[rows], draws, p.n_eot, p.average, room.size, y),
+            lambda: gradient(model, adv[rows], aims[rows], draws, p.n_eot, p.average, room.size, aims),
             p.draws_per_call(len(rows), room.size),
         )
         if not fits:
             continue
         grad, right = result
+        if p.target is not None:  # downhill, until the aim is what the model says
+            grad, right = -grad, [not hit for hit in right]
         norm = grad.flatten(1).abs().sum(1)
         bad = ((norm == 0) | ~torch.isfinite(norm)).tolist()
         if masked_by is not None:

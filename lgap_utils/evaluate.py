@@ -222,7 +222,8 @@ class Evaluation:
         # clones, as an attack may work in place: its distance is that from the images as they were
         adv = _checked(attack, attack(self.target, x.clone(), y.clone(), keys, **how), x, keys)
         linf, values = (adv - x).abs().flatten(1).amax(1), adv.flatten(1)
-        inside = (linf <= attack.eps_255 / 255 + 1e-6) & (values.amin(1) >= 0) & (values.amax(1) <= 1)
+        near = attack.distance(x, adv) <= attack.eps_255 / 255 * (1 + 1e-5) + 1e-6
+        inside = near & (values.amin(1) >= 0) & (values.amax(1) <= 1)
         changes, seconds = packed(adv, x), (time.perf_counter() - began) / n
         return [
             {

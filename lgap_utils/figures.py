@@ -24,7 +24,7 @@ def style() -> None:
     """The look of every figure: colour-blind palette, white ground, no frame. Notebooks show tables uncut."""
     import seaborn as sns
 
-    look = {"axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 66, "savefig.dpi": 160}
+    look = {"axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 66, "savefig.dpi": 150}
     look |= {"savefig.bbox": "tight", "figure.constrained_layout.use": True}
     sns.set_theme(context="notebook", style="ticks", palette="colorblind", rc=look)
     pd.set_option("display.max_colwidth", None, "display.max_columns", None, "display.max_rows", 200)
@@ -87,11 +87,16 @@ def caption_under(axes: Iterable[Axes], captions: Iterable[str], wrap: int = 22,
         axis.set_xlabel(_wrapped(caption, wrap) or "(no caption)", fontsize=fontsize, parse_math=False)
 
 
-def _bars(axis: Axes, places: Sequence[float], shares: Sequence[Mapping[str, Any]], **look) -> None:
-    """Horizontal bars of shares (`tables.proportion`) with their intervals."""
+def _errors(shares: Sequence[Mapping[str, Any]]) -> tuple[np.ndarray, list[np.ndarray]]:
+    """The percents of shares (`tables.proportion`), and how far their intervals reach down and up."""
     values = np.array([share["%"] for share in shares])
     bounds = np.array([share["95 % interval"].split(" to ") for share in shares], dtype=float)
-    errors = [(values - bounds[:, 0]).clip(0), (bounds[:, 1] - values).clip(0)]
+    return values, [(values - bounds[:, 0]).clip(0), (bounds[:, 1] - values).clip(0)]
+
+
+def _bars(axis: Axes, places: Sequence[float], shares: Sequence[Mapping[str, Any]], **look) -> None:
+    """Horizontal bars of shares (`tables.proportion`) with their intervals."""
+    values, errors = _errors(shares)
     axis.barh(places, values, xerr=errors, error_kw={"lw": 1, "capsize": 2}, **look)
 
 
@@ -132,4 +137,38 @@ def accuracy_figure(entries: Sequence[Mapping[str, Any]], title: str) -> Figure:
     _name_bars(axis, names)
     axis.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
     axis.set_title(_wrapped(title, 80), fontsize=11, loc="left", parse_math=False)
+    return figure
+
+
+def lines(
+    series: Mapping[str, Sequence[tuple[float, Mapping[str, Any] | None]]],
+    ticks: Sequence[str],
+    xlabel: str,
+    title: str,
+    marks: Sequence[tuple[float, float]] = (),
+    marked: str = "",
+) -> Figure:
+    """Accuracies against the strength of an attack: a line with 95 % intervals for each name in `series`.
+
+    series: {name: [(place, share from `tables`), ...]}, a place without a share left out. ticks: what stands
+    at places 0, 1, ... marks: (place, percent) of numbers of others, called `marked`.
+    """
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(6.4, 4.4))
+    for k, (name, points) in enumerate(series.items()):
+        there = [(place + 0.06 * (k - (len(series) - 1) / 2), share) for place, share in points if share]
+        places, values, errors = [place for place, _ in there], *_errors([share for _, share in there])
+        look = {"marker": "os^v"[k % 4], "markersize": 5, "capsize": 2, "linewidth": 1.6, "elinewidth": 1}
+        axis.errorbar(places, values, yerr=errors, label=plain_text(name), **look)
+    if marks:
+        axis.scatter(*zip(*marks), marker="D", s=42, c="white", edgecolors="black", label=marked, zorder=4)
+    axis.set_xticks(range(len(ticks)), ticks, fontsize=7.5, parse_math=False)
+    axis.tick_params(axis="y", labelsize=9)
+    axis.set_ylim(-2, 102)
+    axis.set_ylabel("% of images that stand, 95 % interval", fontsize=9)
+    axis.set_xlabel(xlabel, fontsize=9)
+    axis.grid(axis="y", linewidth=0.4)
+    axis.set_title(_wrapped(title, 78), fontsize=10, loc="left", parse_math=False)
+    figure.legend(frameon=False, fontsize=8.5, loc="outside lower center", ncols=3)
     return figure

@@ -91,6 +91,11 @@ class Profile:
     variant: str = ""  # "fp16": read the diffusion model's weights as they are stored in half precision
     # paper silent: of captioner, VAE, UNet and text encoder; latents, DDIM and classifier are always float32
     dtype: str = "float32"
+    # a pixel-space diffusion model to purify with in LGAP's place, as DiffPure does; "" for none
+    rival: str = ""
+    rival_revision: str | None = None
+    rival_strength: float = 0.1  # DiffPure's t = 0.1
+    rival_steps: int = 50  # of which strength * steps are taken
     needs_gpu: bool = False  # refuse to start without one; LGAP_DEVICE=cpu overrules it
 
     # the defense (paper sections 3.1, 3.2 and 4.1)
@@ -121,6 +126,8 @@ class Profile:
     eot_average: str = "gradient"  # paper silent: over the draws; "gradient", "logits" or "vote" (of signs)
     masked_bpda: bool = False  # an image stops moving once the classifier without purification is fooled
 
+    n_steps_full: int = 20  # of PGD through the whole purifier, or a denoising step of it
+
     # fine-tuning the classifier on purified training images (paper section 4.1)
     finetune_lr: float = 1e-3
     finetune_epochs: int = 15
@@ -143,7 +150,11 @@ class Profile:
     n_images: int = 512  # test images 0 .. n_images - 1
     n_adaptive: int = 512  # for attacks that run the defense once per step, and for AutoAttack in Table 4
     n_eot_images: int = 512  # for attacks that run it many times per step
-    n_full: int = 512  # for the full gradient, and for the checks of an evaluation
+    n_surrogate: int = 512  # for the gradient of a part of the purifier
+    n_full: int = 512  # for the full gradient, alone and with the attack on the caption
+    n_curve: int = 64  # for the strongest attack at other eps
+    n_language: int = 128  # for what a caption is worth, with other words in its place
+    n_controls: int = 64  # for controls, and for the checks of an evaluation
     n_rivals: int = 2048  # for AutoAttack on robust classifiers, where most images survive all of it
     n_draws: int = 10  # paper silent: noise draws of the defense that judge each image
     n_validation: int = 1000  # purified validation images for the learning curve
@@ -205,6 +216,7 @@ LIMITS = {
     "eot_average": ("gradient", "logits", "vote"),
     "finetune_schedule": ("constant", "one_cycle", "steps"),
     "strength": (0, 1),
+    "rival_strength": (0, 1),
     "guidance_scale": (1, 100),
     "eps_255": (0, 255),
     "step_size_255": (0, 255),

@@ -17,15 +17,18 @@ from .autoattack import autoattack
 from .batches import BatchSize, call_in_batches
 from .defense import LGAP
 from .noise import Keys
+from .profiles import check_whole
 from .surrogates import caption, joint, one_step, vae
 
 VIEWS = attacks.VIEWS | {"vae": vae, "one step": one_step, "caption": caption, "joint": joint}
 # views without the purifier, or with a part of it alone
 CHEAP_VIEWS = ("blind", "vae", "caption")
-PGD_ONLY = ("known_noise", "masked", "any_step", "n_restarts", "average")
+PGD_ONLY = ("known_noise", "masked", "any_step", "n_restarts", "average", "norm", "low_pass", "target")
+PGD_FIELDS = ("n_steps", "n_eot", "average", "random_start", "known_noise", "any_step", "n_restarts")
+PGD_FIELDS += ("norm", "low_pass", "target")
 # {view: the fields that it has no use for}
-UNUSED: dict[str, tuple[str, ...]] = {"vae": ("captions",), "joint": ("captions",)}
-UNUSED["caption"] = ("captions", "n_eot", "average", "known_noise", "any_step", "n_restarts")
+UNUSED: dict[str, tuple[str, ...]] = {"vae": ("captions",), "joint": ("captions", "target")}
+UNUSED["caption"] = ("captions", "n_eot", "average", "known_noise", "any_step", "n_restarts", "target")
 
 
 @dataclass(frozen=True)
@@ -39,8 +42,9 @@ class Attack:
     name: str  # what a table calls it
     optimiser: str = "pgd"  # "none", "pgd", "autoattack" or "square"
     view: str = "blind"  # what the attacker sees, one of VIEWS
-    eps_255: float = 8  # L-inf radius in 1/255
+    eps_255: float = 8  # radius in 1/255
     step_size_255: float = 2  # paper silent: Yoon et al.'s step
+    norm: str = "linf"  # of the radius and the step, or "l2": a length of 0.5 is 127.5/255
     n_steps: int = 40  # for "square": queries; for "autoattack": APGD's, whose own number is 100
     n_eot: int = 1  # paper silent: draws of the defence per step
     average: str = "gradient"  # paper silent: over the draws; "gradient", "logits" or "vote"
@@ -50,6 +54,10 @@ class Attack:
     masked: bool = False  # the authors' code: an image stops moving once the bare classifier is fooled
     any_step: bool = False  # paper silent: broken at any iterate, or judged at the last
     n_restarts: int = 1  # paper silent
+    low_pass: int = 1  # the perturbation moves in squares of so many pixels
+    target: int | None = None  # a class to aim at, in place of any wrong one
+    rounded: bool = False  # the perturbation is cut to whole 1/255, as an image file holds it
+    seed: int = 0  # of the attacker's own draws, beside the evaluation's
     version: str = "standard"  # AutoAttack's
     block: int = 1  # images that AutoAttack takes at a time; at more than 1 they share draws
     move_all: bool = False  # AutoAttack moves what the classifier mislabels already, too (see `autoattack`)
@@ -64,7 +72,8 @@ class Attack:
             raise ValueError(f"eps_255={self.eps_255!r}: expected a number in 1/255, that is 8 and not 8/255")
         self._pgd()  # checks what it takes
         checks.check_counts(block=self.block)
-        checks.check_flags(masked=self.masked, move_all=self.move_all)
+        checks.check_flags(masked=self.masked, move_all=self.move_all, rounded=self.rounded)
+        check_whole("seed", self.seed, 0)
         if self.block > 1 and (self.optimiser != "autoattack" or self.view != "blind"):
             raise ValueError(f"block={self.block}: only AutoAttack on the blind view takes several images")
         if self.move_all and (self.optimiser != "autoattack" or self.view != "blind"):
@@ -100,6 +109,14 @@ class Attack:
                 n = len(x)
                 record.broke_at, record.bad_gradients, record.flags = [-1] * n, [0] * n, [""] * n
             return x.clone()
+        if self.seed:
+            keys = keys.at([0] * len(keys), stage=f"attack {self.seed}")
+        adv = self._attacked(defense, x, y, keys, batch_size, record, progress)
+        return x + ((adv - x) * 255).round(decimals=3).trunc() / 255 if self.rounded else adv
+
+    def _attacked(
+        self, defense: LGAP, x: Tensor, y: Tensor, keys: Keys, batch_size: Any, record: Any, progress: Any
+    ) -> Tensor:
         model = VIEWS[self.view](defense)
         if isinstance(model, caption):
             model = model.aimed(x, y, keys.indices)
@@ -119,9 +136,13 @@ class Attack:
         return autoattack(model, x, y, **settings)
 
     def _pgd(self) -> PGD:
-        names = ("n_steps", "n_eot", "average", "random_start", "known_noise", "any_step", "n_restarts")
-        numbers = {name: getattr(self, name) for name in names}
+        numbers = {name: getattr(self, name) for name in PGD_FIELDS}
         return PGD(eps=self.eps_255 / 255, step_size=self.step_size_255 / 255, **numbers)
+
+    def distance(self, x: Tensor, adv: Tensor) -> Tensor:
+        """How far images [n, 3, h, w] were moved, in pixels of [0, 1] and this attack's norm: [n]."""
+        change = (adv - x).flatten(1)
+        return change.norm(dim=1) if self.norm == "l2" else change.abs().amax(1)
 
     @property
     def foreign(self) -> bool:
@@ -145,7 +166,8 @@ class Attack:
             return "no attack"
         if self.foreign:
             return f"{type(self).__name__}; eps {self.eps_255:g}/255"
-        words = [self._describe_optimiser(), f"eps {self.eps_255:g}/255", self.view]
+        radius = f"L2 {self.eps_255 / 255:g}" if self.norm == "l2" else f"eps {self.eps_255:g}/255"
+        words = [self._describe_optimiser(), radius, self.view]
         if self.optimiser == "pgd":
             words += self._describe_pgd()
         if self.view == "caption":
@@ -156,7 +178,8 @@ class Attack:
 
     def _describe_optimiser(self) -> str:
         if self.optimiser == "pgd":
-            return f"PGD-{self.n_steps}, step {self.step_size_255:g}/255"
+            step = f"{self.step_size_255 / 255:g}" if self.norm == "l2" else f"{self.step_size_255:g}/255"
+            return f"PGD-{self.n_steps}, step {step}"
         if self.optimiser == "square":
             return f"Square, {self.n_steps} queries, mean of {self.n_eot} draws"
         words = [f"AutoAttack {self.version}"]
@@ -182,6 +205,14 @@ class Attack:
             words.append("random start")
         if self.n_restarts > 1:
             words.append(f"{self.n_restarts} restarts")
+        if self.low_pass > 1:
+            words.append(f"in squares of {self.low_pass} pixels")
+        if self.target is not None:
+            words.append(f"aimed at class {self.target}")
+        if self.rounded:
+            words.append("cut to whole 1/255")
+        if self.seed:
+            words.append(f"attack seed {self.seed}")
         return [*words, self.success]
 
     def purifications(self) -> tuple[int, int]:

@@ -36,7 +36,7 @@ def _paper_data(table: int) -> str:
     return paper_numbers(table)["dataset"][0]
 
 
-def _not_comparable(table: int, profile: Profile, images: Images) -> str:
+def not_comparable(table: int, profile: Profile, images: Images) -> str:
     """Why our numbers are not compared with the paper's: "other data", "other models", or ""."""
     if profile.dataset != _paper_data(table) or not images.official:
         return "other data"
@@ -62,7 +62,7 @@ def heading(profile: Profile, table: int | None = None, images: Images | None = 
     text = f"Table {table}, profile {profile.name}, {_data_here(table, profile, images)}"
     if profile.dataset != _paper_data(table):
         return f"{text} (in the paper: {DATA_SETS[_paper_data(table)]})"
-    other_models = _not_comparable(table, profile, images) == "other models"
+    other_models = not_comparable(table, profile, images) == "other models"
     return text + ", other models than the paper's" * other_models
 
 
@@ -122,7 +122,7 @@ def compare_with_paper(table: int, ours: list[Row], profile: Profile, images: Im
             "natural here, %": as_text(here["natural"]),
             "robust here, %": as_text(here["robust"], flags),
             "n": share["n"] if share else "not run",
-            "paper's number": _verdicts(paper, here, _not_comparable(table, profile, images)),
+            "paper's number": _verdicts(paper, here, not_comparable(table, profile, images)),
             "flags": flags or ("none" if row else "not run"),
             "protocol": here["protocol"],
         }
@@ -140,7 +140,7 @@ def with_paper(table: int, rows: list[Row], profile: Profile, images: Images) ->
 
     `rows` alone where data set or images are not the paper's, as its numbers are not comparable.
     """
-    if _not_comparable(table, profile, images) == "other data":
+    if not_comparable(table, profile, images) == "other data":
         return rows
     out = []
     for paper, row in _pairs(table, rows):
@@ -180,7 +180,7 @@ def write_results(
     where the images are the paper's. Written whole. Raises ValueError as `check_results` does.
     """
     check_results(folder)
-    why = _not_comparable(table, profile, images)
+    why = not_comparable(table, profile, images)
     papers = {id(row): paper for paper, row in _pairs(table, rows)}
     entries = []
     for row in rows:
@@ -208,6 +208,9 @@ def _entry(row: Row, reported: dict[str, str]) -> dict[str, Any]:
         entry |= {f"{name}_interval": share.get("95 % interval")}
         entry |= {f"{name}_k": share.get("k"), f"{name}_n": share.get("n")}
     entry |= {"unreliable": row.get("unreliable", False), "flags": row.get("flags", "")}
+    if external := row.get("external"):  # RobustBench's word for the lowest that others' attacks have left
+        entry |= {"external": external["%"], "external_interval": external["95 % interval"]}
+        entry |= {"external_n": external["n"]}
     entry |= {"eps": row.get("eps"), "seconds": row.get("seconds")}
     if row.get("whole") and "AutoAttack" in row["protocol"]:
         entry["autoattack_acc"] = entry["robust_acc"]  # RobustBench means the deployed model, not a transfer

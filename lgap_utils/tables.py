@@ -104,18 +104,14 @@ def accuracy(rows: Frame, column: str = "adversarial", how: str = "mean") -> Sha
     "majority" (the label predicted most often; the lower one of a tie) or "worst" (right in every draw).
     Raises ValueError for no rows, and for an image without a label or a draw.
     """
-    _check_rows(rows, column)
-    matrix = rows.pivot(index="index", columns="draw", values=column)
-    if n_short := int(matrix.isna().any(axis=1).sum()):
-        raise ValueError(f"{n_short} of {len(matrix)} images lack a draw; run the evaluation to its end")
-    label = rows.groupby("index")["label"].first()
-    right = matrix.eq(label, axis=0)
+    right = right_of(rows, column)
     if how == "mean":
-        return _share(float(right.mean(axis=1).sum()), len(right))
+        return _share(float(right.sum()), len(right))
     if how == "majority":
-        return proportion(matrix.mode(axis=1)[0] == label)
+        modes = rows.pivot(index="index", columns="draw", values=column).mode(axis=1)
+        return proportion(modes[0] == rows.groupby("index")["label"].first())
     if how == "worst":
-        return proportion(right.all(axis=1))
+        return proportion(right == 1)
     raise ValueError(f"no accuracy {how!r}; choose from ['mean', 'majority', 'worst']")
 
 
@@ -141,7 +137,8 @@ def table_rows(
         row = {"method": method, "attack": label, "natural": accuracy(own, "clean"), "robust": accuracy(own)}
         row["eps"] = f"{attack.eps_255:g}/255"
         row["seconds"] = round(float(own.drop_duplicates("index")["seconds"].sum()), 1)
-        row |= {"unreliable": bool(flags), "flags": flags}
+        # RobustBench's word for an evaluation that noise may have misled
+        row |= {"unreliable": bool(flags) or bool(own["random"].any()), "flags": flags}
         row["whole"] = attack.view != "blind" or defence in whole
         row["protocol"] = attack.describe() + f"; mean of {n_draws} draws" * (n_draws > 1)
         out.append(row)
@@ -170,32 +167,43 @@ def measured(
     return out
 
 
-def mcnemar(first: Any, second: Any) -> tuple[int, int, float]:
-    """Exact McNemar test of two methods, True for each image they get right: (only first, only second, p)."""
-    from scipy.stats import binomtest
+def right_of(rows: Frame, column: str = "adversarial") -> Frame:
+    """For each image the share of a defence's draws in which its label is found, by index.
 
-    first, second = _bools(first), _bools(second)
-    if len(first) != len(second) or not first:
-        raise ValueError(f"{len(first)} and {len(second)} images; expected as many of both, and at least one")
-    b = sum(f and not s for f, s in zip(first, second))
-    c = sum(s and not f for f, s in zip(first, second))
-    return b, c, float(binomtest(b, b + c).pvalue) if b + c else 1.0
+    Raises ValueError for no rows, and for an image without a label or a draw.
+    """
+    _check_rows(rows, column)
+    matrix = rows.pivot(index="index", columns="draw", values=column)
+    if n_short := int(matrix.isna().any(axis=1).sum()):
+        raise ValueError(f"{n_short} of {len(matrix)} images lack a draw; run the evaluation to its end")
+    return matrix.eq(rows.groupby("index")["label"].first(), axis=0).mean(axis=1)
+
+
+def difference(first: Any, second: Any) -> dict[str, Any]:
+    """Mean of first - second over the same images, values in [0, 1], in points, with its 95 % interval.
+
+    The interval of Bonett and Price (2012) for paired proportions, in a form that takes means over draws:
+    that of the mean of the differences and of one +1 and one -1 more.
+    """
+    from scipy.stats import norm
+
+    gaps = np.asarray(first, dtype=float) - np.asarray(second, dtype=float)
+    if gaps.ndim != 1 or not len(gaps) or not (np.abs(gaps) <= 1).all():
+        raise ValueError("expected the shares, from 0 to 1, of as many images of both, and at least one")
+    more = np.append(gaps, [1, -1])
+    reach = float(norm.ppf(0.975)) * more.std() / math.sqrt(len(more))
+    low, high = max(-1.0, more.mean() - reach), min(1.0, more.mean() + reach)
+    interval = f"{100 * low:+.1f} to {100 * high:+.1f}"
+    return {"points": round(100 * gaps.mean(), 1), "95 % interval": interval, "n": len(gaps)}
 
 
 def paired(rows: Frame, first: str, second: str, column: str = "adversarial") -> dict[str, Any]:
-    """`mcnemar` of two defences on the same images and the same noise (draw 0), as a row of a table."""
-    right = []
-    for defence in (first, second):
-        own = of_images(rows, defence)
-        own = own[own["draw"] == 0]
-        _check_rows(own, column)
-        right.append((own[column] == own["label"]).set_axis(own["index"]).sort_index())
+    """The `difference` of two defences' accuracies on the same images, over all draws: a row of a table."""
+    right = [right_of(of_images(rows, defence), column) for defence in (first, second)]
     if not right[0].index.equals(right[1].index):
-        counts = f"{first} has draw 0 of {len(right[0])} images and {second} of {len(right[1])}"
+        counts = f"{first} has {len(right[0])} images and {second} {len(right[1])}"
         raise ValueError(f"{counts}, which are not the same ones")
-    b, c, p = mcnemar(*right)
-    counts = {"right with the first alone": b, "with the second alone": c, "n": len(right[0])}
-    return {"first": first, "second": second, **counts, "exact McNemar p": f"{p:.2g}"}
+    return {"first": first, "second": second, **difference(*right)}
 
 
 def caption_readers(rows: Frame, classes: tuple[str, ...], defence: str = "LGAP") -> Frame:
@@ -214,12 +222,19 @@ def caption_readers(rows: Frame, classes: tuple[str, ...], defence: str = "LGAP"
     return own.assign(defence="caption alone", clean=clean, adversarial=adversarial)
 
 
+def ties(rows: Frame) -> int:
+    """How many images of one defence have two labels that were predicted equally often, and most often."""
+    matrix = rows.pivot(index="index", columns="draw", values="adversarial")
+    return int(matrix.mode(axis=1).notna().sum(axis=1).gt(1).sum())
+
+
 def ladder(
     runs: Runs, classes: tuple[str, ...] | None = None, defence: str = "LGAP", profile: Profile | None = None
 ) -> Frame:
     """Accuracies of one defence, a row for each run. Raises ValueError for no run, or one without its rows.
 
-    classes: for a column with the accuracy of the caption alone; profile: for one with its data set.
+    classes: for a column with the accuracy of the caption alone; profile: for one with its data set. "s an
+    image" is what the attack took, "ties" counts images whose majority is one (the lower label then counts).
     """
     if not runs:
         raise ValueError("a ladder of no runs; expected at least one")
@@ -230,13 +245,36 @@ def ladder(
         row = {"data": DATA_SETS[profile.dataset]} if profile else {}
         row["natural, %"] = as_text(accuracy(own, "clean"))
         row["robust, mean of draws, %"] = as_text(accuracy(own), flags)
-        row["majority, %"] = as_text(accuracy(own, how="majority"))
+        row["majority, %"], row["ties"] = as_text(accuracy(own, how="majority")), ties(own)
         row["worst draw, %"] = as_text(accuracy(own, how="worst"))
         if classes:
             row["caption alone, %"] = as_text(accuracy(caption_readers(rows, classes, defence)))
         row |= {"n": own["index"].nunique(), "draws": own["draw"].nunique()}
+        row["s an image"] = f"{own.drop_duplicates('index')['seconds'].mean():.2g}"
         table[name] = row | {"flags": flags or "none", "protocol": attack.describe()}
     return pd.DataFrame(table).T.rename_axis(f"{defence} under")
+
+
+def common(runs: Runs, defence: str = "LGAP") -> Runs:
+    """The rows of one defence on the images that all runs have: first images are easier than many.
+
+    Raises ValueError where there is none.
+    """
+    own = {name: of_images(rows, defence, f"{name}: ") for name, (_, rows) in runs.items()}
+    shared = set.intersection(*(set(rows["index"]) for rows in own.values())) if own else set()
+    if not shared:
+        raise ValueError("no image is in all of the runs")
+    return {name: (runs[name][0], rows[rows["index"].isin(shared)]) for name, rows in own.items()}
+
+
+def worst_case(runs: Runs, defence: str = "LGAP") -> Share:
+    """The share that stands whatever rung an attacker takes for an image: per image the lowest of the runs.
+
+    Of the means over draws, on the images that all runs have.
+    """
+    right = [right_of(rows) for _, rows in common(runs, defence).values()]
+    lowest = pd.concat(right, axis=1).min(axis=1)
+    return _share(float(lowest.sum()), len(lowest))
 
 
 # ---------------------------------------------------------------- files, in which any cell may be a caption

@@ -38,6 +38,7 @@ CAPTION = [
 def rows_of(matrix, labels=None, defence="LGAP", **columns):
     """Rows of images x draws: matrix[i][d] is the label predicted for image i in draw d, 0 the true one."""
     plain = {"clean": 0, "inside": True, "linf": 8 / 255, "bad_gradients": 0, "flags": "", "seconds": 1.5}
+    plain["random"] = len(matrix[0]) > 1
     rows = []
     for i, line in enumerate(matrix):
         label = labels[i] if labels else 0

@@ -28,6 +28,8 @@ FLOORS = (
     ("evaluate", "purified", "tables"),
     ("experiment", "verdicts", "figures"),
     ("results",),
+    ("ladders",),
+    ("language",),
 )
 
 

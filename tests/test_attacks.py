@@ -511,3 +511,61 @@ def test_softmax_in_place_of_logits_is_announced():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         pgd(full(DEFENSE), X, Y, keys=KEYS, **SMALL)
+
+
+# ---------------------------------------------------------------- other balls, frequencies, aims
+
+
+def test_l2_pgd_is_foolboxs_and_keeps_to_its_ball():
+    import foolbox
+
+    how = {"eps": 0.5, "step_size": 0.1, "n_steps": 5}
+    adv = pgd(net, X, Y, norm="l2", **how)
+    fmodel = foolbox.PyTorchModel(attacks.blind(DEFENSE), bounds=(0, 1), device="cpu")
+    peer = foolbox.attacks.L2ProjectedGradientDescentAttack(abs_stepsize=0.1, steps=5, random_start=False)
+    assert torch.allclose(adv, peer.run(fmodel, X, Y, epsilon=0.5), atol=1e-5)
+    started = pgd(net, X, Y, norm="l2", keys=KEYS, **how)
+    assert (started - X).flatten(1).norm(dim=1).max() <= 0.5 + 1e-5 and not torch.allclose(started, adv)
+
+
+def test_low_frequencies_alone_move():
+    x = 0.4 + 0.2 * X  # far from 0 and 1, where clamping would cut squares apart
+    change = pgd(net, x, Y, eps=0.1, step_size=0.03, n_steps=3, low_pass=2, keys=KEYS) - x
+    squares = F.avg_pool2d(change, 2).repeat_interleave(2, 2).repeat_interleave(2, 3)
+    assert torch.allclose(change, squares, atol=1e-6) and change.abs().max() > 0.05
+
+
+def test_an_aimed_attack_descends_the_loss_of_its_class_and_notes_when_it_is_reached():
+    how, record = {"eps": 1.0, "step_size": 0.05, "n_steps": 40}, Record()
+    y = torch.where(torch.arange(N) == 0, 4, Y)
+    aims = torch.where(y == 4, 3, 4)  # the aimed class's own images go to its neighbour
+    adv = pgd(net, X, y, target=4, record=record, **how)
+    assert (net(adv).argmax(1) == aims).all() and not (net(X).argmax(1) == aims).any()
+    assert all(0 <= step <= 40 for step in record.broke_at)
+    one = pgd(net, X, y, target=4, **how | {"n_steps": 1})
+    leaf = X.clone().requires_grad_(True)
+    loss = F.cross_entropy(net(leaf), aims, reduction="sum")
+    (slope,) = torch.autograd.grad(loss, leaf)
+    assert torch.allclose(one, (X - 0.05 * slope.sign()).clamp(0, 1), atol=1e-6)
+
+
+def test_a_perturbation_in_whole_steps_stays_in_the_ball_and_another_seed_is_another_attack():
+    x, plain = (255 * X).round() / 255, Attack("plain", n_steps=3)
+    defense = LGAP(lambda x: [""] * len(x), lambda x, c, k: x, net)
+    attacked = {
+        name: Attack(name, n_steps=3, **own)(defense, x, Y, KEYS)
+        for name, own in {"plain": {}, "rounded": {"rounded": True}, "seed": {"seed": 1}}.items()
+    }
+    whole = attacked["rounded"] * 255
+    assert torch.allclose(whole, whole.round(), atol=1e-3) and (whole / 255 - x).abs().max() <= 8 / 255 + 1e-6
+    assert ((attacked["rounded"] - x).abs() <= (attacked["plain"] - x).abs() + 1e-6).all()
+    assert not torch.equal(attacked["seed"], attacked["plain"])
+    l2 = Attack("l2", norm="l2", eps_255=127.5)
+    assert torch.allclose(l2.distance(x, x + 0.01), torch.full((N,), 0.01 * x[0].numel() ** 0.5))
+    assert "L2 0.5" in l2.describe() and "attack seed 1" in Attack("s", seed=1).describe()
+    for bad in ({"norm": "l1"}, {"low_pass": 0}, {"target": -1}, {"rounded": 1}, {"seed": -1}):
+        with pytest.raises(ValueError, match=next(iter(bad))):
+            Attack("bad", **bad)
+    with pytest.raises(ValueError, match="target=3"):
+        Attack("bad", view="joint", target=3)
+    assert plain.distance(x, x + 0.01).allclose(torch.tensor(0.01))

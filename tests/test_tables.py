@@ -126,18 +126,68 @@ def test_a_caption_alone_is_right_where_it_names_one_class_and_that_the_true_one
     assert "caption alone, %" not in tables.ladder({"any": (NATURAL, rows)})
 
 
-def test_two_defences_are_compared_on_the_same_images():
-    rows = pd.concat([rows_of([[0]] * 8 + [[1]] * 2), rows_of([[1]] * 10, defence="other")])
-    assert list(tables.paired(rows, "LGAP", "other").values()) == ["LGAP", "other", 8, 0, 10, "0.0078"]
-    with pytest.raises(
-        ValueError, match="LGAP has draw 0 of 10 images and other of 9, which are not the same ones"
-    ):
+def test_two_defences_are_compared_on_the_same_images_over_all_draws():
+    rows = pd.concat([rows_of([[0, 0]] * 8 + [[0, 1]] * 2), rows_of([[1]] * 10, defence="other")])
+    found = tables.paired(rows, "LGAP", "other")
+    assert list(found.values())[:3] == ["LGAP", "other", 90.0] and found["n"] == 10
+    says = "LGAP has 10 images and other 9, which are not the same ones"
+    with pytest.raises(ValueError, match=says):
         tables.paired(rows.iloc[:-1], "LGAP", "other")  # a gap is no right answer
-    with pytest.raises(ValueError, match="of no rows"):
-        tables.paired(rows.assign(draw=1), "LGAP", "other")
-    for first, second in (([True], [True, False]), ([], []), ([1], [0]), ([True], [None])):
-        with pytest.raises(ValueError, match="expected"):
-            tables.mcnemar(first, second)
+    with pytest.raises(ValueError, match="1 of 10 images lack a draw"):
+        tables.paired(rows.iloc[1:], "LGAP", "other")
+    for first, second in (([], []), ([1.5], [0]), ([1], [-0.5]), ([float("nan")], [0]), (1, 0)):
+        with pytest.raises(ValueError, match="expected the shares"):
+            tables.difference(first, second)
+
+
+@pytest.mark.parametrize("b, c, n", [(8, 0, 10), (0, 0, 16), (3, 5, 40), (10, 0, 10)])
+def test_of_single_draws_the_interval_is_that_of_bonett_and_price(b, c, n):
+    first = [1] * b + [0] * c + [1] * (n - b - c)
+    second = [0] * b + [1] * c + [1] * (n - b - c)
+    p12, p21 = (b + 1) / (n + 2), (c + 1) / (n + 2)
+    reach = 1.959964 * ((p12 + p21 - (p12 - p21) ** 2) / (n + 2)) ** 0.5
+    low, high = 100 * max(-1, p12 - p21 - reach), 100 * min(1, p12 - p21 + reach)
+    assert tables.difference(first, second) == {
+        "points": round(100 * (b - c) / n, 1),
+        "95 % interval": f"{low:+.1f} to {high:+.1f}",
+        "n": n,
+    }
+
+
+@pytest.mark.parametrize("n, draws", [(16, 1), (16, 10), (64, 10)])
+def test_the_interval_of_a_difference_holds_the_true_one_nineteen_times_of_twenty(n, draws):
+    """Images differ in how often they stand, and both defences find the same ones hard."""
+    random, held = np.random.default_rng(0), 0
+    for _ in range(400):
+        hard = random.beta(0.5, 0.5, n)
+        first, second = (random.binomial(draws, p) / draws for p in (hard, 0.7 * hard))
+        low, high = tables.difference(first, second)["95 % interval"].split(" to ")
+        held += float(low) <= 100 * 0.3 * 0.5 <= float(high)
+    assert held / 400 >= 0.94
+
+
+def test_common_images_and_the_worst_case_of_each():
+    runs = {"a": (ATTACK, rows_of([[0, 0], [0, 1], [1, 1]])), "b": (STRONGER, rows_of([[0, 1], [0, 0]]))}
+    shared = tables.common(runs)
+    assert [list(rows["index"].unique()) for _, rows in shared.values()] == [[0, 1], [0, 1]]
+    worst = tables.worst_case(runs)
+    assert (worst["%"], worst["k"], worst["n"]) == (50.0, 1.0, 2)
+    assert tables.worst_case({"b": runs["b"]})["%"] == 75.0
+    apart = {"a": runs["a"], "b": (ATTACK, rows_of([[0]]).assign(index=7))}
+    for wrong in (apart, {}):
+        with pytest.raises(ValueError, match="no image is in all of the runs"):
+            tables.worst_case(wrong)
+
+
+def test_ties_of_the_majority_are_counted():
+    rows = rows_of([[0, 1], [0, 0], [2, 1], [1, 1]])
+    assert tables.ties(rows) == 2 and tables.ladder({"any": (ATTACK, rows)}).loc["any", "ties"] == 2
+
+
+def test_a_random_defence_is_called_unreliable():
+    for matrix, random in (([[0, 0]], True), ([[0]], False)):
+        (row,) = tables.table_rows(rows_of(matrix), ATTACK, {"LGAP": ("LGAP", "PGD")})
+        assert row["unreliable"] is random
 
 
 def test_what_has_no_rows_is_named_with_what_there_is():
