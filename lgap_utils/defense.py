@@ -21,6 +21,7 @@ from .batches import Kept
 from .identity import changed_by_hand, config_digest, digest, tokenizer_digest
 from .images import read_image, resize, vae_pixels
 from .noise import Keys
+from .picture import Purified
 from .profiles import check_whole, denoising_steps
 
 # Raise it with any change of a result (tests/test_golden.py): rows of the old method are then refused.
@@ -117,12 +118,13 @@ class LGAP(nn.Module):
 
     @torch.no_grad()
     def purify_one(self, source: Any, seed: int = 0, with_trace: bool = False) -> Purified:
-        """Purify and classify one image, from anywhere (see `images.read_image`)."""
+        """Classify, purify and classify again one image, from anywhere (see `images.read_image`)."""
         x = read_image(source)[None]
         trace = Trace() if with_trace else None
         captions = self.caption(x)
         image = self.purify(x, captions, Keys.of_content(x, seed), trace)
-        return Purified(image[0], captions[0], self.classify(image)[0], trace)
+        logits = self.classify(torch.cat([image, x]))
+        return Purified(image[0], captions[0], logits[0], trace, x[0], logits[1], self.classes)
 
 
 @dataclass
@@ -138,21 +140,6 @@ class Trace:
         self.times.append(time)
         self.latents.append(z.detach())
         self.denoised += denoised
-
-
-@dataclass(frozen=True)
-class Purified:
-    """What became of one image: `image` [3, h, w] in [0, 1], `logits` [classes]."""
-
-    image: Tensor
-    caption: str
-    logits: Tensor
-    trace: Trace | None = None
-
-    @property
-    def label(self) -> int:
-        """The class of the highest logit."""
-        return int(self.logits.argmax())
 
 
 # ---------------------------------------------------------------- the diffusion step (paper section 3.2)

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from tqdm.auto import tqdm
 
 from .attacks import Record, gradient
 from .autoattack import blocks
@@ -23,6 +22,7 @@ from .identity import digest, identity
 from .images import Images
 from .noise import Keys
 from .profiles import check_whole
+from .progress import tqdm
 from .protocols import NATURAL, Attack
 from .rows import Frame, Rows, known_images, open_rows, packed, unpacked
 from .rows import attacked_images as attacked_images  # of the rows that are made here
@@ -77,7 +77,7 @@ class Evaluation:
         self.n_draws, self.seed, self.batch_size = n_draws, seed, BatchSize(batch_size, self.device)
         self.config, self.known = config, known_images(images)
         self.places = {index: place for place, index in enumerate(self.known)}
-        self.workers = workers
+        self.workers, self.crew = workers, ""  # crew: how many workers there are, in words
 
     def to(self, device: torch.device) -> Evaluation:
         """This evaluation, its defences moved to a device."""
@@ -142,21 +142,28 @@ class Evaluation:
         changes = dict(zip(attacked["index"], attacked["change"]))
 
         def compute(indices: list[int]) -> None:
-            parts = []
+            parts, right = [], []
             for some in self._cut(indices, self.batch_size.size):
                 parts.append((name, self.images[[self.places[i] for i in some]], [changes[i] for i in some]))
-            with tqdm(total=len(indices), desc=f"{name} judges", mininterval=2) as bar:
-                for made in self._spread(Evaluation._judged, parts, bar):
-                    scores.write(made)
-                    bar.update(len(made) // n_draws)
+            title = f"{rows.config['attack']['name']}: {name} judges"
+            with tqdm(total=len(indices), desc=title, unit="image", mininterval=2) as bar:
+                for judged in self._spread(Evaluation._judged, parts):
+                    scores.write(judged)
+                    right += [row["adversarial"] == row["label"] for row in judged]
+                    share = f"{100 * sum(right) / len(right):.1f} % right so far"
+                    bar.set_postfix_str(share + self.crew, refresh=False)
+                    bar.update(len(judged) // n_draws)
 
         table = scores.complete(attacked["index"].tolist(), self.known, n_draws, compute)
         return table.assign(defence=name)
 
-    def _spread(self, work: Callable[..., Any], tasks: list[Any], bar: Any) -> Iterator[list[dict[str, Any]]]:
+    def _spread(self, work: Callable[..., Any], tasks: list[Any]) -> Iterator[list[dict[str, Any]]]:
         """The rows that work(self, *task) makes of each task, here or by workers."""
-        how = (self.workers, bar.set_postfix_str, before_unpickling())
-        return spread(self, self.device, work, tasks, *how)
+
+        def say(text: str) -> None:
+            self.crew = f", {text}"
+
+        return spread(self, self.device, work, tasks, self.workers, say, before_unpickling())
 
     def _cut(self, indices: list[int], size: int) -> list[list[int]]:
         """Parts of `size` indices, or fewer where every worker is to have one."""
@@ -197,9 +204,10 @@ class Evaluation:
         with tqdm(total=len(indices) * n_steps, desc=attack.name, unit="step", mininterval=2) as bar:
             n_done, tasks = 0, [(attack, self.images[places]) for places in shards]
             shard = Evaluation._shard if self.workers else partial(Evaluation._shard, progress=bar.update)
-            for made in self._spread(shard, tasks, bar):
+            for made in self._spread(shard, tasks):
                 rows.write(made)
                 n_done += len(made)
+                bar.set_postfix_str(f"{n_done} of {len(indices)} images{self.crew}", refresh=False)
                 bar.n = n_done * n_steps  # images that broke early took fewer steps
                 bar.refresh()
 

@@ -61,10 +61,8 @@ def curve(p: Profile, blind: Profile) -> list[Rung]:
 def checks(p: Profile, blind: Profile) -> list[Rung]:
     """The strongest rung at eps 0 and with twice the steps."""
     zero = _joint(p, "joint, eps 0", eps_255=0, n_steps=1)
-    return [
-        (zero, p.n_controls),
-        (_joint(p, "joint, twice the steps", n_steps=2 * p.n_steps_full), p.n_controls),
-    ]
+    twice = _joint(p, "joint, twice the steps", n_steps=2 * p.n_steps_full)
+    return [(zero, p.n_controls), (twice, p.n_curve)]
 
 
 def known_noise(p: Profile, blind: Profile) -> list[Rung]:
@@ -80,13 +78,22 @@ def true_class(p: Profile, blind: Profile) -> list[Rung]:
     return [(get_attack("PGD-20, full gradient", name="true class told", **own), p.n_controls)]
 
 
-def second_seed(p: Profile, blind: Profile) -> list[Rung]:
-    """The strongest rung once more, with other draws of the attack and of the defence."""
-    return [(_joint(p, "joint, second seed"), p.n_controls)]
+def beyond(p: Profile, blind: Profile) -> list[Rung]:
+    """The strongest rungs in another ball, at one class, in whole 1/255, and with other draws of its own."""
+    full = {"eps_255": p.eps_255, "step_size_255": p.step_size_255, "n_steps": p.n_steps_full}
+    length = {"norm": "l2", "eps_255": 127.5, "step_size_255": 25.5}  # 0.5, in steps of 0.1
+    attacks = [
+        _joint(p, "joint, L2 0.5", **length),
+        _joint(p, "joint, low frequencies", low_pass=4),
+        get_attack("PGD-20, full gradient", name="full gradient, at one class", target=3, **full),
+        _joint(p, "joint, whole 1/255", rounded=True),
+        _joint(p, "joint, second seed", seed=1),
+    ]
+    return [(attack, p.n_controls) for attack in attacks]
 
 
 PARTS = {"rungs": rungs, "curve": curve, "checks": checks, "known noise": known_noise}
-PARTS |= {"true class": true_class, "second seed": second_seed}
+PARTS |= {"true class": true_class, "beyond": beyond}
 
 
 def climb(
@@ -108,8 +115,6 @@ def climb(
     name, target = next(iter(defenses.items()))
     if part == "known noise":  # each draw costs the attacker a gradient at each step
         profile, folder = dataclasses.replace(profile, n_draws=min(2, profile.n_draws)), f"{folder}_known"
-    elif part == "second seed":
-        profile, folder = dataclasses.replace(profile, seed=profile.seed + 1), f"{folder}_second_seed"
     elif part == "true class":
         target, folder = told_the_class(target, images), f"{folder}_told"
         defenses = {name: target}
@@ -128,7 +133,7 @@ def climb(
 
 def told_the_class(defense: LGAP, images: Images) -> LGAP:
     """The same defence with captions that name each image's true class, whatever its pixels are."""
-    names = [class_names(name)[0] for name in images.classes]
+    names = [(class_names(name) or [name])[0] for name in images.classes]
     texts = {i: f"a {names[label]}" for i, label in zip(images.indices.tolist(), images.labels.tolist())}
     captioner = Told(texts, "the true class")
     return LGAP(captioner, defense.purifier, defense.classifier, defense.classes, defense.input_size)
@@ -166,7 +171,8 @@ def ladder_figure(runs: Runs, profile: Profile, images: Images, defence: str = "
         row = numbers[(numbers["method"] == "LGAP") & (numbers["attack"] == attack)]
         if name in runs and why != "other data":
             marks.append((list(runs).index(name), float(row["robust"].iloc[0])))
-    title = f"Attacks on {defence}; the others judge the same images. {heading(profile)}, {profile.eps_255:g}/255, mean of {profile.n_draws} draws"
+    title = f"Attacks on {defence}; the others judge the same images. {heading(profile)}, "
+    title += f"{profile.eps_255:g}/255, mean of {profile.n_draws} draws"
     marked = "LGAP in the paper" + f", {why}" * bool(why)
     axis = "attacks, by what the attacker knows"
     return lines(accuracies(runs, images.classes, defence), ticks, axis, title, marks, marked)

@@ -76,7 +76,7 @@ def answer(clean_and_blind: Frame, caption: Frame, joint: Frame) -> list[str]:
         f"{worth(clean_and_blind, *both)} under a blind attack.",
         f"Where the attacker aims at the captioner, it is worth {worth(caption, *both)}, and where he aims "
         f"at the purifier as well, {worth(joint, *both)}.",
-        f"The words count as well as their being there: the true class is worth "
-        f"{worth(clean_and_blind, 'the true class', LGAP_NAME)} more than the caption under the blind attack, "
+        f"Under the blind attack the true class in the caption's place is worth "
+        f"{worth(clean_and_blind, 'the true class', LGAP_NAME)}, "
         f"a wrong class {worth(clean_and_blind, 'a wrong class', LGAP_NAME)}.",
     ]

@@ -9,7 +9,6 @@ from typing import Any
 
 import pandas as pd
 import torch
-from tqdm.auto import tqdm
 
 from .batches import BatchSize, call_in_batches
 from .checks import check_images
@@ -18,6 +17,7 @@ from .evaluate import describe_defense
 from .images import Images
 from .noise import Keys
 from .profiles import check_whole
+from .progress import tqdm
 from .rows import known_images, open_rows
 from .workers import spread
 from .zoo import before_unpickling

@@ -23,7 +23,6 @@ from .identity import digest, own_settings, unnamed_in
 
 if TYPE_CHECKING:
     from .images import Images
-    from .protocols import Attack
 
 Frame = Any  # a pandas.DataFrame; by pandas' own annotations `frame[...]` could be anything
 Known = dict[int, tuple[str, int]]  # {index: (digest of the pixels, label)}
@@ -138,15 +137,11 @@ class Rows:
 
 
 def open_rows(
-    folder: Path,
-    config: dict,
-    defenses: dict,
-    key: tuple[str, ...] = ("index",),
-    attack: Attack | None = None,
+    folder: Path, config: dict, defenses: dict, key: tuple[str, ...] = ("index",), attack: Any = None
 ) -> Rows:
     """The `Rows` in `folder`; in a new one, for one run, if the attack or a part has no settings of its own.
 
-    defenses: {name: `describe_defense`}. A configuration that is of one run already stays so.
+    defenses: {name: `describe_defense`}; attack: a protocols.Attack. One run's configuration stays so.
     """
     unnamed = [] if "run" in config else unnamed_in(defenses)
     remedy = "name it: lgap_utils.identity.named(part, 'a name', sigma=0.9)"

@@ -14,7 +14,7 @@ import pandas as pd
 
 from .files import write_whole
 from .rows import Frame
-from .words import DATA_SETS, names_class
+from .words import DATA_SETS, names_class, plain_text
 
 if TYPE_CHECKING:
     from .profiles import Profile
@@ -168,10 +168,7 @@ def measured(
 
 
 def right_of(rows: Frame, column: str = "adversarial") -> Frame:
-    """For each image the share of a defence's draws in which its label is found, by index.
-
-    Raises ValueError for no rows, and for an image without a label or a draw.
-    """
+    """For each image the share of a defence's draws that find its label; ValueError where a draw lacks."""
     _check_rows(rows, column)
     matrix = rows.pivot(index="index", columns="draw", values=column)
     if n_short := int(matrix.isna().any(axis=1).sum()):
@@ -182,8 +179,8 @@ def right_of(rows: Frame, column: str = "adversarial") -> Frame:
 def difference(first: Any, second: Any) -> dict[str, Any]:
     """Mean of first - second over the same images, values in [0, 1], in points, with its 95 % interval.
 
-    The interval of Bonett and Price (2012) for paired proportions, in a form that takes means over draws:
-    that of the mean of the differences and of one +1 and one -1 more.
+    The interval of Bonett and Price (2012) for paired proportions, in a form for means over draws, too: that
+    of the mean of the differences and of one +1 and one -1 more.
     """
     from scipy.stats import norm
 
@@ -242,10 +239,10 @@ def ladder(
     for name, (attack, rows) in runs.items():
         own = of_images(rows, defence, f"{name}: ")
         flags = flags_of(own)
-        row = {"data": DATA_SETS[profile.dataset]} if profile else {}
+        row: dict[str, Any] = {"data": DATA_SETS[profile.dataset]} if profile else {}
         row["natural, %"] = as_text(accuracy(own, "clean"))
         row["robust, mean of draws, %"] = as_text(accuracy(own), flags)
-        row["majority, %"], row["ties"] = as_text(accuracy(own, how="majority")), ties(own)
+        row |= {"majority, %": as_text(accuracy(own, how="majority")), "ties": ties(own)}
         row["worst draw, %"] = as_text(accuracy(own, how="worst"))
         if classes:
             row["caption alone, %"] = as_text(accuracy(caption_readers(rows, classes, defence)))
@@ -256,10 +253,7 @@ def ladder(
 
 
 def common(runs: Runs, defence: str = "LGAP") -> Runs:
-    """The rows of one defence on the images that all runs have: first images are easier than many.
-
-    Raises ValueError where there is none.
-    """
+    """The rows of one defence on the images that all runs have. Raises ValueError where there is none."""
     own = {name: of_images(rows, defence, f"{name}: ") for name, (_, rows) in runs.items()}
     shared = set.intersection(*(set(rows["index"]) for rows in own.values())) if own else set()
     if not shared:
@@ -296,11 +290,6 @@ def save_table(table: Frame, folder: str | Path, name: str, tex: pd.DataFrame | 
     for ending, text in texts.items():
         write_whole(Path(folder) / f"{name}.{ending}", text.encode("utf-8", "backslashreplace"))
     return table
-
-
-def plain_text(text: Any) -> str:
-    """Text in one line: what cannot be printed (line ends, control characters, surrogates) is a space."""
-    return " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
 
 
 def _markdown(table: Frame) -> str:

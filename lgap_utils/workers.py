@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-TRIES = 5  # of work whose worker was lost each time, and of a start of Ray
+TRIES = 4  # of work whose worker was lost each time, and of a start of Ray
 _idle: list[Any] = []  # workers that wait for more: one takes seconds to start
 
 

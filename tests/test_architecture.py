@@ -18,9 +18,9 @@ PACKAGE = [file for file in SOURCES if file.parent.name == "lgap_utils"]
 
 # From the ground up, as CONTRIBUTING.md draws them. A module imports from its own floor or from those below.
 FLOORS = (
-    ("profiles", "noise", "batches", "workers", "words", "toy", "identity"),
+    ("profiles", "noise", "batches", "workers", "words", "toy", "identity", "progress"),
     ("files", "checks"),
-    ("hub", "images"),
+    ("hub", "images", "picture"),
     ("data_files", "loading", "rows", "train", "defense"),
     ("imagenet", "zoo", "baselines", "attacks"),
     ("data", "autoattack", "surrogates", "diffpure"),

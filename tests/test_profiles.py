@@ -14,10 +14,10 @@ from lgap_utils.profiles import AUTHORS, PAPER, PROFILES, SMALL, TOY, get_profil
 
 # sha256 of all fields, values and types, of a profile and of its Tables 1 to 4. Stored rows belong to them.
 DIGESTS = {
-    "toy": "8c6b5875cf7f7e9b 18c5f3bdabb71db4 2ead14a46149f683 2ead14a46149f683 02188f4439726f86",
-    "small": "653080ddbc667038 653080ddbc667038 a78420fc17bce1e5 653080ddbc667038 12f4366569395439",
-    "paper": "db832451643478a2 db832451643478a2 2b33b887822972e6 5810629c1c6cdb4b 856814cf4c4842f6",
-    "authors": "0ed302df8db1f0e6 0ed302df8db1f0e6 89cdb7327af3a292 d8ebebf3c7b10f80 697541e9a30e2872",
+    "toy": "17e30b524e04d947 3eaad6fbfa93742d e3882d833d62e606 e3882d833d62e606 47e72d9a2452fe2d",
+    "small": "74ee377d7d11474f 74ee377d7d11474f 5f1ae426ff98ce2a 74ee377d7d11474f 4ee3e6a5fc656f16",
+    "paper": "ea2b20d2f46cae93 ea2b20d2f46cae93 2fe34694d3c49fbe 1f20885514003030 1bac774aa17fb3c5",
+    "authors": "edd467f69244298b edd467f69244298b 20890ed31913dbc2 cb3ef17fce6cb020 5c967eef35155e9b",
 }
 
 
