@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,8 @@ import numpy as np
 import pandas as pd
 
 from .files import write_whole
-from .tables import plain_text
+from .picture import wrapped
+from .words import plain_text
 
 if TYPE_CHECKING:
     import torch
@@ -43,11 +43,6 @@ def save_figure(figure: Figure, folder: str | Path, name: str) -> None:
         write_whole(folder / f"{name}.{ending}", file.getvalue())
 
 
-def _wrapped(text: str, width: int) -> str:
-    """At most eight lines of `width` characters."""
-    return "\n".join(textwrap.wrap(plain_text(text), width, max_lines=8, placeholder=" ..."))
-
-
 def image_grid(
     rows: Sequence[Sequence[torch.Tensor]],
     row_names: Sequence[str] | None = None,
@@ -64,7 +59,7 @@ def image_grid(
     import matplotlib.pyplot as plt
 
     n_columns = max(map(len, rows))
-    texts = [[_wrapped(text, wrap) for text in line or []] for line in titles or [None] * len(rows)]
+    texts = [[wrapped(text, wrap) for text in line or []] for line in titles or [None] * len(rows)]
     n_lines = max((text.count("\n") + 1 for line in texts for text in line), default=0)
     size = (scale * n_columns, (scale + 0.15 * n_lines) * len(rows))
     figure, axes = plt.subplots(len(rows), n_columns, figsize=size, squeeze=False)
@@ -87,7 +82,7 @@ def image_grid(
 def caption_under(axes: Iterable[Axes], captions: Iterable[str], wrap: int = 22, fontsize: int = 8) -> None:
     """Write a caption below each of the axes."""
     for axis, caption in zip(axes, captions):
-        axis.set_xlabel(_wrapped(caption, wrap) or "(no caption)", fontsize=fontsize, parse_math=False)
+        axis.set_xlabel(wrapped(caption, wrap) or "(no caption)", fontsize=fontsize, parse_math=False)
 
 
 def _errors(shares: Sequence[Mapping[str, Any]]) -> tuple[np.ndarray, list[np.ndarray]]:
@@ -139,7 +134,7 @@ def accuracy_figure(entries: Sequence[Mapping[str, Any]], title: str) -> Figure:
         names.append(row["method"] + attack + ", flagged" * bool(row.get("flags")))
     _name_bars(axis, names)
     axis.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
-    axis.set_title(_wrapped(title, 80), fontsize=11, loc="left", parse_math=False)
+    axis.set_title(wrapped(title, 80), fontsize=11, loc="left", parse_math=False)
     return figure
 
 
@@ -172,6 +167,6 @@ def lines(
     axis.set_ylabel("% of images that stand, 95 % interval", fontsize=9)
     axis.set_xlabel(xlabel, fontsize=9)
     axis.grid(axis="y", linewidth=0.4)
-    axis.set_title(_wrapped(title, 78), fontsize=10, loc="left", parse_math=False)
+    axis.set_title(wrapped(title, 78), fontsize=10, loc="left", parse_math=False)
     figure.legend(frameon=False, fontsize=8.5, loc="outside lower center", ncols=3)
     return figure

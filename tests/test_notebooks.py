@@ -11,13 +11,13 @@ import pytest
 from nbval.plugin import get_sanitize_patterns
 
 import lgap_utils
+from tools import badges
 from tools.notebooks import SHOWS_DATA, WIDGET
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 SANITIZE = ROOT / "tests" / "nbval_sanitize.cfg"
 
-BADGE = re.compile(r"colab\.research\.google\.com/github/([\w.-]+/[\w.-]+)/blob/main/([\w./-]+)")
 ABSOLUTE = re.compile(
     r"(?<![\w.])/(?:home|root|Users|tmp|work|mnt|opt|srv|var|private)/[\w.-]+|\b[A-Z]:\\+Users"
 )
@@ -105,19 +105,9 @@ def test_it_names_no_path_of_one_machine(nb):
 
 
 def test_its_badge_and_bootstrap_lead_to_itself(path, nb):
-    badges = [b for c in nb.cells if c.cell_type == "markdown" for b in BADGE.findall(c.source)]
-    repository = lgap_utils.REPOSITORY.removeprefix("https://github.com/")
-    assert badges == [(repository, f"notebooks/{path.name}")]
+    assert badges.rewritten(path, lgap_utils.REPOSITORY) == path.read_text(encoding="utf-8")
     (bootstrap,) = code(nb, "bootstrap")
     assert f'"{lgap_utils.REPOSITORY}"' in bootstrap.source
-
-
-def test_the_badges_of_the_readme_lead_to_notebooks():
-    if not (ROOT / "README.md").exists():
-        pytest.skip("no README.md yet")
-    repository = lgap_utils.REPOSITORY.removeprefix("https://github.com/")
-    for owner_and_name, target in BADGE.findall((ROOT / "README.md").read_text(encoding="utf-8")):
-        assert owner_and_name == repository and (ROOT / target) in NOTEBOOKS
 
 
 def test_every_sanitize_rule_is_read():

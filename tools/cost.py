@@ -31,7 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.utils import logging
 
 import lgap_utils
-from lgap_utils import attacks, data, evaluate, figures, models, toy, train
+from lgap_utils import attacks, data, evaluate, figures, models, purified, toy, train
 from lgap_utils.defense import LatentPurifier
 from lgap_utils.files import CheckpointError
 from lgap_utils.images import Images
@@ -179,7 +179,7 @@ def count(plan: dict[Path, Values]) -> Costs:
         attacks.pgd: lambda model, x, y, **_: x.clone(),  # the notebooks' own: on the classifier alone
         data.classes_of: lambda dataset: toy.CLASSES,
         data.load_images: made_up,
-        evaluate.purify_rows: tally.purify_rows,
+        purified.purify_rows: tally.purify_rows,
         figures.save_figure: lambda figure, *_: plt.close(figure),
         models.load_classifier: lambda *_, **__: classifier,
         train.finetune: lambda *_, **__: [{"epoch": 1, "loss": 0.0, "train": 1.0, "validation": 1.0}],
