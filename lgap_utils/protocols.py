@@ -247,7 +247,6 @@ _ATTACKS = [
     Attack("AutoAttack", optimiser="autoattack", n_steps=100),
     Attack("PGD-10", n_steps=10),
     # beyond the paper: what an attacker does who sees the whole defence
-    Attack("PGD-20+EOT, full gradient", view="full", n_steps=20, n_eot=5),
     Attack("PGD-20, full gradient, known noise", view="full", n_steps=20, known_noise=True),
     Attack("Square", optimiser="square", view="full", n_steps=100, n_eot=4),
     # cheap surrogates of the purifier; the captioner as a target, alone and with the full gradient
