@@ -1,5 +1,8 @@
 """Views beyond the paper's: equal to autograd and to transformers' loss; the captioner falls."""
 
+import copy
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,8 +12,8 @@ from lgap_utils.attacks import Record, full, gradient, pgd
 from lgap_utils.baselines import vae_round_trip
 from lgap_utils.data import load_images
 from lgap_utils.defense import LGAP
-from lgap_utils.models import load_defense
-from lgap_utils.noise import Keys
+from lgap_utils.models import Captioner, load_defense
+from lgap_utils.noise import Keys, generator
 from lgap_utils.protocols import Attack, get_attack
 from lgap_utils.words import names_class
 
@@ -45,6 +48,24 @@ def test_the_likelihood_of_a_caption_is_transformers_own_loss(toy):
     for k, text in enumerate(texts):
         assert torch.allclose(found[k], -own_loss(captioner, images.x[k : k + 1], text), atol=1e-5)
     assert torch.allclose(captioner.log_likelihood(images.x[:1], texts)[0], found[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("side", [32, 448])
+def test_pixels_at_blips_own_size_are_the_processors_and_pass_a_gradient(toy, side):
+    """384 pixels, bicubic; up to one level of the 8 bits that the processor works in."""
+    ours = copy.copy(toy[0].captioner.processor.image_processor)
+    ours.size = type(ours)(size={"height": 384, "width": 384}).size
+    stub = SimpleNamespace(processor=SimpleNamespace(image_processor=ours), model=toy[0].captioner.model)
+    x = F.interpolate(toy[1].x[:1], (side, side), mode="nearest").requires_grad_(True)
+    found = Captioner.pixel_values(stub, x)
+    expected = ours(images=list((255 * x.detach()).round().byte()), return_tensors="pt")["pixel_values"]
+    assert found.shape == (1, 3, 384, 384) and torch.allclose(found, expected, atol=0.02)
+    weights = torch.randn(found.shape, generator=generator("weights"))
+    (slope,) = torch.autograd.grad((found * weights).sum(), x)
+    plain = F.interpolate(x, (384, 384), mode="bicubic", antialias=True)
+    std = torch.tensor(ours.image_std).view(1, 3, 1, 1)
+    (exact,) = torch.autograd.grad((plain.clamp(0, 1) / std * weights).sum(), x)
+    assert torch.allclose(slope, exact, rtol=1e-3, atol=1e-3) and slope.abs().max() > 1
 
 
 class Vague(torch.nn.Module):
