@@ -48,7 +48,8 @@ class PixelPurifier(nn.Module):
 
         super().__init__()
         how = {"clip_sample": False, "thresholding": False, "set_alpha_to_one": True, "steps_offset": 0}
-        self.scheduler = DDIMScheduler.from_config(scheduler.config, timestep_spacing="trailing", **how)
+        kind: Any = DDIMScheduler
+        self.scheduler = kind.from_config(scheduler.config, timestep_spacing="trailing", **how)
         self.unet, self.checkpointing = unet.eval(), checkpointing
         self.requires_grad_(False)
         self.strength, self.num_inference_steps, self.eta = strength, num_inference_steps, eta
@@ -56,10 +57,10 @@ class PixelPurifier(nn.Module):
         checks.check_flags(checkpointing=checkpointing)
         if not 0 <= eta <= 1:
             raise ValueError(f"eta={eta}: expected 0 (DDIM) to 1 (DDPM)")
-        channels, kind = unet.config.in_channels, self.scheduler.config.prediction_type
+        channels, predicts = unet.config.in_channels, self.scheduler.config.prediction_type
         self.fold = round((channels / 3) ** 0.5)
-        if channels != 3 * self.fold**2 or unet.config.out_channels != channels or kind != "epsilon":
-            got = f"{channels} channels in, {unet.config.out_channels} out, prediction {kind!r}"
+        if channels != 3 * self.fold**2 or unet.config.out_channels != channels or predicts != "epsilon":
+            got = f"{channels} channels in, {unet.config.out_channels} out, prediction {predicts!r}"
             raise ValueError(f"unet: {got}; expected 3 k^2 of both, and the prediction 'epsilon'")
         self.schedule()
 
@@ -112,6 +113,7 @@ def load_rival(
     with loading("rival", name) as source:
         folder = model_folder(name, revision, FILES, source)
         unet = load_whole(UNet2DModel, folder, torch_dtype=torch.float32, low_cpu_mem_usage=False)
-        config = DDIMScheduler.load_config(folder, local_files_only=True)
-    purifier: Any = PixelPurifier(unet, DDIMScheduler.from_config(config), **settings)
+        kind: Any = DDIMScheduler
+        scheduler = kind.from_config(kind.load_config(folder, local_files_only=True))
+    purifier: Any = PixelPurifier(unet, scheduler, **settings)
     return purifier.to(device, memory_format=torch.channels_last)
