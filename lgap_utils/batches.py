@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
+import psutil
 import torch
 
 T = TypeVar("T")
 # what the CPU's allocator, CUDA's libraries and other devices say
 OUT_OF_MEMORY = re.compile("(can't allocate|not enough|out of) memory|ALLOC_FAILED|unable to find an engine")
+
+# (limit, use) of a container's memory, in the two versions of Linux' control groups
+CGROUPS = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
 
 
 class BatchSize:
@@ -65,6 +74,54 @@ class BatchSize:
 def ran_out(error: BaseException) -> bool:
     """Whether an error says that memory ran out."""
     return isinstance(error, torch.OutOfMemoryError) or bool(OUT_OF_MEMORY.search(str(error)))
+
+
+def kept_bytes(call: Callable[[], Any], frozen: Iterable[torch.Tensor]) -> int:
+    """Bytes that autograd keeps for the backward pass of call(), less those of `frozen` weights."""
+    kept, known = {}, {weight.untyped_storage().data_ptr() for weight in frozen}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        result = call()  # noqa: F841  # its graph holds what is counted
+    return sum(size for place, size in kept.items() if place not in known)
+
+
+def has_room(n_bytes: int, device: torch.device) -> bool:
+    """Whether a third of a device's memory stays free beside so many more bytes; False if nobody knows."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    elif device.type == "cpu":
+        machine = psutil.virtual_memory()
+        free, total = machine.available, machine.total
+        for limit, used in CGROUPS:  # a container's
+            with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+                most = int(Path(limit).read_text())
+                free, total = min(free, most - int(Path(used).read_text())), min(total, most)
+    else:
+        return False
+    return free - n_bytes > total / 3
+
+
+class Kept(dict):
+    """{function and shapes: bytes that autograd keeps of it for an image}, each measured on one image."""
+
+    def fits(self, function: Callable[..., Any], args: Sequence[Any], frozen: list[torch.Tensor]) -> bool:
+        """Whether there is room for what autograd keeps of function(*args).
+
+        args: the images first; what has a length has as many rows for each of them.
+        """
+        n = len(args[0])
+        one: list[Any] = [arg if isinstance(arg, int) else arg[: len(arg) // n] for arg in args]
+        key = (function.__name__, frozen[0].dtype, *(getattr(arg, "shape", None) for arg in one))
+        if key not in self:
+            one[0] = one[0].detach().requires_grad_()
+            self[key] = kept_bytes(lambda: function(*one), frozen)
+        return has_room(n * self[key], frozen[0].device)
 
 
 def call_in_batches(

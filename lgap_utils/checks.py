@@ -225,7 +225,10 @@ def check_answer(logits: Any, n: int, n_classes: int | None, keys: Keys | None) 
 
 def check_settings(purifier: Any) -> None:
     """Refuse settings of a `LatentPurifier` that cannot work; its schedule is checked where it is made."""
-    check_flags(**{name: getattr(purifier, name) for name in ("vae_sample", "antialias", "checkpointing")})
+    flags = {name: getattr(purifier, name) for name in ("vae_sample", "antialias")}
+    if purifier.checkpointing is not None:
+        flags["checkpointing"] = purifier.checkpointing
+    check_flags(**flags)
     check_choice("vae_input", purifier.vae_input, ("unit", "clip", "authors"))
     if not isinstance(purifier.negative_prompt, str):
         raise ValueError(f"negative_prompt={purifier.negative_prompt!r}: expected text")

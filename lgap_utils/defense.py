@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from . import checks
+from .batches import Kept
 from .identity import changed_by_hand, config_digest, digest, tokenizer_digest
 from .images import read_image, resize, vae_pixels
 from .noise import Keys
+from .picture import Purified
 from .profiles import check_whole, denoising_steps
 
 # Raise it with any change of a result (tests/test_golden.py): rows of the old method are then refused.
@@ -116,12 +118,13 @@ class LGAP(nn.Module):
 
     @torch.no_grad()
     def purify_one(self, source: Any, seed: int = 0, with_trace: bool = False) -> Purified:
-        """Purify and classify one image, from anywhere (see `images.read_image`)."""
+        """Classify, purify and classify again one image, from anywhere (see `images.read_image`)."""
         x = read_image(source)[None]
         trace = Trace() if with_trace else None
         captions = self.caption(x)
         image = self.purify(x, captions, Keys.of_content(x, seed), trace)
-        return Purified(image[0], captions[0], self.classify(image)[0], trace)
+        logits = self.classify(torch.cat([image, x]))
+        return Purified(image[0], captions[0], logits[0], trace, x[0], logits[1], self.classes)
 
 
 @dataclass
@@ -137,21 +140,6 @@ class Trace:
         self.times.append(time)
         self.latents.append(z.detach())
         self.denoised += denoised
-
-
-@dataclass(frozen=True)
-class Purified:
-    """What became of one image: `image` [3, h, w] in [0, 1], `logits` [classes]."""
-
-    image: Tensor
-    caption: str
-    logits: Tensor
-    trace: Trace | None = None
-
-    @property
-    def label(self) -> int:
-        """The class of the highest logit."""
-        return int(self.logits.argmax())
 
 
 # ---------------------------------------------------------------- the diffusion step (paper section 3.2)
@@ -178,7 +166,7 @@ class LatentPurifier(nn.Module):
     purifier(x, captions, keys): images [n, 3, h, w] in [0, 1], any h and w, and n strings -> images like x.
     With d * n keys each image is purified d times (row i * d + k: draw k of image i), encoded and its caption
     embedded once. With `checkpointing`, each step is recomputed in the backward pass: memory does not grow
-    with the steps. Raises ValueError for settings or networks that cannot work.
+    with the steps; None: where memory is short. Raises ValueError for settings or networks that cannot work.
     """
 
     # the settings and their defaults; profiles.py says what each does
@@ -191,7 +179,7 @@ class LatentPurifier(nn.Module):
     negative_prompt: str = ""
     antialias: bool = True
     vae_input: str = "unit"
-    checkpointing: bool = True
+    checkpointing: bool | None = None
 
     SETTINGS = (  # those that define the purification
         *("size", "strength", "num_inference_steps", "guidance_scale", "time_grid"),
@@ -206,13 +194,12 @@ class LatentPurifier(nn.Module):
         self.vae, self.unet, self.text_encoder = vae.eval(), unet.eval(), text_encoder.eval()
         self.requires_grad_(False)
         self.tokenizer, self.scheduler = tokenizer, scheduler
-        self.truncated = 0  # captions that were longer than the text encoder reads
+        self._kept, self.truncated = Kept(), 0  # captions that were longer than the text encoder reads
         checks.check_networks(vae.config, unet.config, text_encoder.config, tokenizer, scheduler.config)
         self._set(settings)
 
     def _set(self, settings: dict[str, Any]) -> None:
-        names = (*self.SETTINGS, "checkpointing")
-        if unknown := sorted(set(settings) - set(names)):
+        if unknown := sorted(set(settings) - {*(names := (*self.SETTINGS, "checkpointing"))}):
             raise ValueError(f"a purifier has no setting {', '.join(unknown)}; choose from {sorted(names)}")
         for name, value in settings.items():
             setattr(self, name, value)
@@ -305,8 +292,9 @@ class LatentPurifier(nn.Module):
         return (x / 2 + 0.5).clamp(0, 1)
 
     def recomputed(self, function: Callable[..., Any], *args: Any) -> Any:
-        """function(*args), which the backward pass computes again instead of keeping what it needs."""
-        if not (self.checkpointing and torch.is_grad_enabled()):
+        """function(*args), which the backward pass computes again where what it needs is not kept."""
+        keep = self.checkpointing is False or not torch.is_grad_enabled()
+        if keep or (self.checkpointing is None and self._kept.fits(function, args, [*self.parameters()])):
             return function(*args)
         settings = {name: getattr(self, name) for name in self.SETTINGS}
 

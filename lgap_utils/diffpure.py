@@ -48,7 +48,8 @@ class PixelPurifier(nn.Module):
         super().__init__()
         self.fold = _fold_of(unet.config, scheduler.config)
         how = {"clip_sample": False, "thresholding": False, "set_alpha_to_one": True, "steps_offset": 0}
-        self.scheduler = DDIMScheduler.from_config(scheduler.config, timestep_spacing="trailing", **how)
+        kind: Any = DDIMScheduler
+        self.scheduler = kind.from_config(scheduler.config, timestep_spacing="trailing", **how)
         self.unet = unet.eval()
         self.requires_grad_(False)
         self._set(settings)
@@ -95,10 +96,10 @@ class PixelPurifier(nn.Module):
 
 def _fold_of(unet: Any, scheduler: Any) -> int:
     """Pixels of a side that are channels, by the configurations. Raises ValueError for what cannot purify."""
-    channels, kind = unet.in_channels, scheduler.get("prediction_type", "epsilon")
+    channels, predicts = unet.in_channels, scheduler.get("prediction_type", "epsilon")
     fold = round((channels / 3) ** 0.5)
-    if channels != 3 * fold**2 or unet.out_channels != channels or kind != "epsilon":
-        got = f"{channels} channels in, {unet.out_channels} out, prediction {kind!r}"
+    if channels != 3 * fold**2 or unet.out_channels != channels or predicts != "epsilon":
+        got = f"{channels} channels in, {unet.out_channels} out, prediction {predicts!r}"
         raise ValueError(f"unet: {got}; expected 3 k^2 of both, and the prediction 'epsilon'")
     if unet.get("num_class_embeds") or unet.get("class_embed_type"):
         raise ValueError("unet: it wants a class for each image; expected one that denoises without")
@@ -122,6 +123,7 @@ def load_rival(
     with loading("rival", name) as source:
         folder = model_folder(name, revision, FILES, source)
         unet = load_whole(UNet2DModel, folder, torch_dtype=torch.float32, low_cpu_mem_usage=False)
-        config = DDIMScheduler.load_config(folder, local_files_only=True)
-    purifier: Any = PixelPurifier(unet, DDIMScheduler.from_config(config), **settings)
+        kind: Any = DDIMScheduler
+        scheduler = kind.from_config(kind.load_config(folder, local_files_only=True))
+    purifier: Any = PixelPurifier(unet, scheduler, **settings)
     return purifier.to(device, memory_format=torch.channels_last)

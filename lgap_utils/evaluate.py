@@ -1,10 +1,10 @@
-"""Attacks on a defence, scored image by image, and purified images: rows that are kept and resumed."""
+"""Attacks on a defence, scored image by image: rows that are kept and resumed."""
 
 from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,19 +12,22 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from tqdm.auto import tqdm
 
 from .attacks import Record, gradient
 from .autoattack import blocks
 from .batches import BatchSize, call_in_batches
-from .checks import check_counts, check_images, look_like_softmax
+from .checks import check_counts, look_like_softmax
 from .defense import LGAP, METHOD
 from .identity import digest, identity
 from .images import Images
 from .noise import Keys
+from .profiles import check_whole
+from .progress import tqdm
 from .protocols import NATURAL, Attack
 from .rows import Frame, Rows, known_images, open_rows, packed, unpacked
 from .rows import attacked_images as attacked_images  # of the rows that are made here
+from .workers import spread
+from .zoo import before_unpickling
 
 KEY = ["index", "defence", "draw"]  # of a row
 SOFTMAX = "logits look like softmax probabilities"  # a flag of rows
@@ -64,14 +67,24 @@ class Evaluation:
         n_draws: int = 1,
         seed: int = 0,
         batch_size: int = 64,
+        workers: int = 0,
     ):
         check_counts(n_draws=n_draws, batch_size=batch_size)
+        check_whole("workers", workers, 0)
         self.defenses, self.images, self.folder = dict(defenses), images, Path(folder)
         self.target = next(iter(self.defenses.values()))
         self.device = next((p.device for p in self.target.parameters()), torch.device("cpu"))
         self.n_draws, self.seed, self.batch_size = n_draws, seed, BatchSize(batch_size, self.device)
         self.config, self.known = config, known_images(images)
         self.places = {index: place for place, index in enumerate(self.known)}
+        self.workers, self.crew = workers, ""  # crew: how many workers there are, in words
+
+    def to(self, device: torch.device) -> Evaluation:
+        """This evaluation, its defences moved to a device."""
+        for defense in self.defenses.values():
+            defense.to(device)
+        self.device, self.batch_size = device, BatchSize(self.batch_size.size, device)
+        return self
 
     def run(
         self, attack: Attack, indices: Sequence[int] | None = None, defenses: Iterable[str] | None = None
@@ -129,17 +142,37 @@ class Evaluation:
         changes = dict(zip(attacked["index"], attacked["change"]))
 
         def compute(indices: list[int]) -> None:
-            size = self.batch_size.size
-            for first in tqdm(range(0, len(indices), size), desc=f"{name} judges", mininterval=2):
-                images = self.images[[self.places[i] for i in indices[first : first + size]]]
-                adv = unpacked([changes[i] for i in images.indices.tolist()], images.x).to(self.device)
-                scores.write(self._judged(defense, images, adv))
+            parts, right = [], []
+            for some in self._cut(indices, self.batch_size.size):
+                parts.append((name, self.images[[self.places[i] for i in some]], [changes[i] for i in some]))
+            title = f"{rows.config['attack']['name']}: {name} judges"
+            with tqdm(total=len(indices), desc=title, unit="image", mininterval=2) as bar:
+                for judged in self._spread(Evaluation._judged, parts):
+                    scores.write(judged)
+                    right += [row["adversarial"] == row["label"] for row in judged]
+                    share = f"{100 * sum(right) / len(right):.1f} % right so far"
+                    bar.set_postfix_str(share + self.crew, refresh=False)
+                    bar.update(len(judged) // n_draws)
 
         table = scores.complete(attacked["index"].tolist(), self.known, n_draws, compute)
         return table.assign(defence=name)
 
-    def _judged(self, defense: LGAP, images: Images, adv: torch.Tensor) -> list[dict[str, Any]]:
+    def _spread(self, work: Callable[..., Any], tasks: list[Any]) -> Iterator[list[dict[str, Any]]]:
+        """The rows that work(self, *task) makes of each task, here or by workers."""
+
+        def say(text: str) -> None:
+            self.crew = f", {text}"
+
+        return spread(self, self.device, work, tasks, self.workers, say, before_unpickling())
+
+    def _cut(self, indices: list[int], size: int) -> list[list[int]]:
+        """Parts of `size` indices, or fewer where every worker is to have one."""
+        size = min(size, -(-len(indices) // max(1, self.workers)))
+        return [indices[first : first + size] for first in range(0, len(indices), size)]
+
+    def _judged(self, name: str, images: Images, changes: list[bytes]) -> list[dict[str, Any]]:
         """The rows of a few attacked images under a defence."""
+        defense, adv = self.defenses[name], unpacked(changes, images.x).to(self.device)
         captions, labels, flag = self.score(defense, adv, images.indices)
         rows, random = [], bool(getattr(defense.purifier, "random", True))
         for k, index in enumerate(images.indices.tolist()):
@@ -160,6 +193,8 @@ class Evaluation:
         print(plan["text"], flush=True)
         size = self.batch_size.size
         size = max(1, min(size, 60 * size // max(1, plan["cost"])))
+        if self.workers:
+            size = min(size, -(-len(indices) // self.workers))
         shards = [[]]
         for block in blocks(indices, attack.block):
             if shards[-1] and len(shards[-1]) + len(block) > size:
@@ -167,10 +202,12 @@ class Evaluation:
             shards[-1] += [self.places[indices[k]] for k in block]
         n_steps = attack.n_steps * attack.n_restarts if attack.optimiser == "pgd" else 1
         with tqdm(total=len(indices) * n_steps, desc=attack.name, unit="step", mininterval=2) as bar:
-            n_done = 0
-            for places in shards:
-                rows.write(self._shard(attack, self.images[places], bar.update))
-                n_done += len(places)
+            n_done, tasks = 0, [(attack, self.images[places]) for places in shards]
+            shard = Evaluation._shard if self.workers else partial(Evaluation._shard, progress=bar.update)
+            for made in self._spread(shard, tasks):
+                rows.write(made)
+                n_done += len(made)
+                bar.set_postfix_str(f"{n_done} of {len(indices)} images{self.crew}", refresh=False)
                 bar.n = n_done * n_steps  # images that broke early took fewer steps
                 bar.refresh()
 
@@ -184,7 +221,7 @@ class Evaluation:
             )
         return sorted(indices)
 
-    def _shard(self, attack: Attack, images: Images, progress: Callable[[int], Any]) -> list[dict[str, Any]]:
+    def _shard(self, attack: Attack, images: Images, progress: Any = None) -> list[dict[str, Any]]:
         """The rows of a few images, attacked together, one for each."""
         began, n = time.perf_counter(), len(images)
         x, y, keys = images.x.to(self.device), images.labels, Keys(images.indices, self.seed, "attack")
@@ -246,6 +283,7 @@ class Evaluation:
             each = _seconds(lambda: gradient(self.target.classify, x, y)) / len(x)
             seconds += n * attack.gradients() * each
         calls = purifications * getattr(self.target.purifier, "denoiser_calls", 0)
+        seconds /= max(1, self.workers)
         about = "at least" if attack.optimiser == "autoattack" else "about"
         duration = f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
         counts = f"{n} images, {purifications:,} purifications, {calls:,} denoiser calls"
@@ -270,69 +308,6 @@ def _checked(attack: Attack, adv: Any, x: torch.Tensor, keys: Keys) -> torch.Ten
             f"attack {attack.name!r}: its image {keys.indices[int(bad.nonzero()[0])]} holds NaN or inf"
         )
     return adv
-
-
-def purify_rows(
-    defense: LGAP,
-    images: Images,
-    folder: str | Path,
-    *,
-    config: dict[str, Any],
-    x: torch.Tensor | None = None,
-    seed: int = 0,
-    batch_size: int = 64,
-    title: str = "purify",
-) -> pd.DataFrame:
-    """Caption, purify and classify: a row per image, computed once and kept in `folder`.
-
-    x: what to purify in place of the images, e.g. adversarial ones [n, 3, h, w]; config["attack"] says how
-    they were made. title: of the progress bar. Columns: index, image (digest of the pixels), label, caption,
-    undefended and prediction (labels before and after purification), linf (of x from the image),
-    purified (uint8 [3, h, w] as bytes), seconds (per image).
-    Raises ValueError for kept rows of other images, another defence, seed or `config`.
-    """
-    if x is not None and not config.get("attack"):
-        raise ValueError("x: rows do not tell how these were made; say it, as in attack=attack.settings()")
-    x = images.x if x is None else x
-    check_images(x)
-    if x.shape != images.pixels.shape:
-        raise ValueError(f"x: got shape {list(x.shape)} for images of shape {list(images.pixels.shape)}")
-    parts, known = describe_defense(defense), known_images(images)
-    config = {**config, "defence": parts, "seed": seed, "method": METHOD}
-    rows = open_rows(Path(folder), config, {"LGAP": parts})
-    device = next((p.device for p in defense.parameters()), torch.device("cpu"))
-
-    def compute(indices: list[int]) -> None:
-        missing = set(indices)
-        places = [place for place, index in enumerate(known) if index in missing]
-        with tqdm(total=len(x), initial=len(x) - len(places), desc=title, mininterval=2) as bar:
-
-            def purify(p: slice) -> None:
-                rows.write(_purified(defense, images[places[p]], x[places[p]].to(device), seed))
-                bar.update(p.stop - p.start)
-
-            call_in_batches(purify, len(places), BatchSize(batch_size, device))
-
-    return rows.complete(list(known), known, 1, compute)
-
-
-@torch.no_grad()
-def _purified(defense: LGAP, images: Images, x: torch.Tensor, seed: int) -> list[dict[str, Any]]:
-    """The rows of images x [n, 3, h, w], purified together; images: those that they were made of."""
-    began = time.perf_counter()
-    keys = Keys(images.indices, seed)
-    captions = defense.caption(x, keys)
-    purified = defense.purify(x, captions, keys)
-    undefended, prediction = (defense.classify(batch).argmax(1).tolist() for batch in (x, purified))
-    pixels = (purified.cpu().clamp(0, 1) * 255).round().to(torch.uint8).numpy()
-    seconds = (time.perf_counter() - began) / len(x)
-    linf = (x - images.x.to(x.device)).abs().flatten(1).amax(1).tolist()
-    rows = []
-    for k, (index, (image, label)) in enumerate(known_images(images).items()):
-        row = {"index": index, "image": image, "label": label, "caption": captions[k]}
-        row |= {"undefended": undefended[k], "prediction": prediction[k], "linf": linf[k]}
-        rows.append(row | {"purified": pixels[k].tobytes(), "seconds": seconds})
-    return rows
 
 
 def purified_pixels(rows: pd.DataFrame, shape: Sequence[int]) -> torch.Tensor:

@@ -21,7 +21,7 @@ from .baselines import no_caption, undefended, with_purifier
 from .data import load_images
 from .defense import LGAP, METHOD
 from .diffpure import load_rival
-from .evaluate import Evaluation, describe_defense, purified_pixels, purify_rows
+from .evaluate import Evaluation, describe_defense, purified_pixels
 from .files import CheckpointError, folder_lock, locate, sha256, verify, write_whole
 from .hub import lock_entries
 from .identity import identity, state_digest
@@ -35,6 +35,7 @@ from .models import (
     save_classifier_like,
 )
 from .profiles import REVISIONS, ROOT, Profile
+from .purified import purify_rows
 from .rows import differences
 
 
@@ -46,6 +47,7 @@ def row_configuration(profile: Profile) -> dict[str, Any]:
 def evaluation(profile: Profile, folder: str, defenses: dict[str, LGAP], images: Images) -> Evaluation:
     """Evaluation of {name: defence} in the profile's sizes, with rows in outputs/PROFILE/rows/`folder`."""
     sizes = {"n_draws": profile.n_draws, "seed": profile.seed, "batch_size": profile.batch_size}
+    sizes["workers"] = profile.workers
     rows = profile.outputs / "rows" / folder
     return Evaluation(defenses, images, rows, config=row_configuration(profile), **sizes)
 
@@ -72,12 +74,13 @@ def rivals(
 def purified_rows(
     profile: Profile, defense: LGAP, images: Images, name: str, x: Tensor | None = None, **extra: Any
 ) -> Any:
-    """Rows of purified images (see evaluate.purify_rows), kept in outputs/PROFILE/rows/`name`.
+    """Rows of purified images (see purified.purify_rows), kept in outputs/PROFILE/rows/`name`.
 
     x: what to purify in place of the images; then `attack=attack.settings()` must say how it was made.
     """
     config = row_configuration(profile) | {"images": name, **extra}
     how = {"seed": profile.seed, "batch_size": profile.batch_size, "config": config, "title": name}
+    how["workers"] = profile.workers
     return purify_rows(defense, images, profile.outputs / "rows" / name, x=x, **how)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,8 @@ import numpy as np
 import pandas as pd
 
 from .files import write_whole
-from .tables import plain_text
+from .picture import wrapped
+from .words import plain_text
 
 if TYPE_CHECKING:
     import torch
@@ -23,11 +23,14 @@ if TYPE_CHECKING:
 def style() -> None:
     """The look of every figure: colour-blind palette, white ground, no frame. Notebooks show tables uncut."""
     import seaborn as sns
+    from IPython import get_ipython
 
-    look = {"axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 66, "savefig.dpi": 150}
+    look = {"axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 75, "savefig.dpi": 150}
     look |= {"savefig.bbox": "tight", "figure.constrained_layout.use": True}
     sns.set_theme(context="notebook", style="ticks", palette="colorblind", rc=look)
     pd.set_option("display.max_colwidth", None, "display.max_columns", None, "display.max_rows", 200)
+    if (notebook := get_ipython()) is not None:  # pixels at 150 dpi, shown at 75
+        notebook.run_line_magic("config", "InlineBackend.figure_formats = ['retina']")
 
 
 def save_figure(figure: Figure, folder: str | Path, name: str) -> None:
@@ -38,11 +41,6 @@ def save_figure(figure: Figure, folder: str | Path, name: str) -> None:
         file = io.BytesIO()
         figure.savefig(file, format=ending, metadata=metadata)
         write_whole(folder / f"{name}.{ending}", file.getvalue())
-
-
-def _wrapped(text: str, width: int) -> str:
-    """At most eight lines of `width` characters."""
-    return "\n".join(textwrap.wrap(plain_text(text), width, max_lines=8, placeholder=" ..."))
 
 
 def image_grid(
@@ -61,7 +59,7 @@ def image_grid(
     import matplotlib.pyplot as plt
 
     n_columns = max(map(len, rows))
-    texts = [[_wrapped(text, wrap) for text in line or []] for line in titles or [None] * len(rows)]
+    texts = [[wrapped(text, wrap) for text in line or []] for line in titles or [None] * len(rows)]
     n_lines = max((text.count("\n") + 1 for line in texts for text in line), default=0)
     size = (scale * n_columns, (scale + 0.15 * n_lines) * len(rows))
     figure, axes = plt.subplots(len(rows), n_columns, figsize=size, squeeze=False)
@@ -84,7 +82,7 @@ def image_grid(
 def caption_under(axes: Iterable[Axes], captions: Iterable[str], wrap: int = 22, fontsize: int = 8) -> None:
     """Write a caption below each of the axes."""
     for axis, caption in zip(axes, captions):
-        axis.set_xlabel(_wrapped(caption, wrap) or "(no caption)", fontsize=fontsize, parse_math=False)
+        axis.set_xlabel(wrapped(caption, wrap) or "(no caption)", fontsize=fontsize, parse_math=False)
 
 
 def _errors(shares: Sequence[Mapping[str, Any]]) -> tuple[np.ndarray, list[np.ndarray]]:
@@ -136,7 +134,7 @@ def accuracy_figure(entries: Sequence[Mapping[str, Any]], title: str) -> Figure:
         names.append(row["method"] + attack + ", flagged" * bool(row.get("flags")))
     _name_bars(axis, names)
     axis.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
-    axis.set_title(_wrapped(title, 80), fontsize=11, loc="left", parse_math=False)
+    axis.set_title(wrapped(title, 80), fontsize=11, loc="left", parse_math=False)
     return figure
 
 
@@ -169,6 +167,6 @@ def lines(
     axis.set_ylabel("% of images that stand, 95 % interval", fontsize=9)
     axis.set_xlabel(xlabel, fontsize=9)
     axis.grid(axis="y", linewidth=0.4)
-    axis.set_title(_wrapped(title, 78), fontsize=10, loc="left", parse_math=False)
+    axis.set_title(wrapped(title, 78), fontsize=10, loc="left", parse_math=False)
     figure.legend(frameon=False, fontsize=8.5, loc="outside lower center", ncols=3)
     return figure

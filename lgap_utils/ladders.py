@@ -61,10 +61,8 @@ def curve(p: Profile, blind: Profile) -> list[Rung]:
 def checks(p: Profile, blind: Profile) -> list[Rung]:
     """The strongest rung at eps 0 and with twice the steps."""
     zero = _joint(p, "joint, eps 0", eps_255=0, n_steps=1)
-    return [
-        (zero, p.n_controls),
-        (_joint(p, "joint, twice the steps", n_steps=2 * p.n_steps_full), p.n_controls),
-    ]
+    twice = _joint(p, "joint, twice the steps", n_steps=2 * p.n_steps_full)
+    return [(zero, p.n_controls), (twice, p.n_curve)]
 
 
 def known_noise(p: Profile, blind: Profile) -> list[Rung]:
@@ -135,7 +133,7 @@ def climb(
 
 def told_the_class(defense: LGAP, images: Images) -> LGAP:
     """The same defence with captions that name each image's true class, whatever its pixels are."""
-    names = [class_names(name)[0] for name in images.classes]
+    names = [(class_names(name) or [name])[0] for name in images.classes]
     texts = {i: f"a {names[label]}" for i, label in zip(images.indices.tolist(), images.labels.tolist())}
     captioner = Told(texts, "the true class")
     return LGAP(captioner, defense.purifier, defense.classifier, defense.classes, defense.input_size)

@@ -160,6 +160,7 @@ class Profile:
     n_draws: int = 10  # paper silent: noise draws of the defense that judge each image
     n_validation: int = 1000  # purified validation images for the learning curve
     batch_size: int = 64  # images per call; no result depends on it
+    workers: int = 0  # processes that Ray starts, each with one GPU or core; 0: none but this one
     autoattack_block: int = 1  # images per AutoAttack call, which share its draws; a GPU needs many
     seed: int = 0
 
@@ -224,6 +225,7 @@ LIMITS = {
     "min_length": (0,),
     "seed": (0,),
     "n_rival_tuning": (0,),
+    "workers": (0,),
 }
 
 

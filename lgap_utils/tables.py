@@ -14,7 +14,7 @@ import pandas as pd
 
 from .files import write_whole
 from .rows import Frame
-from .words import DATA_SETS, names_class
+from .words import DATA_SETS, names_class, plain_text
 
 if TYPE_CHECKING:
     from .profiles import Profile
@@ -290,11 +290,6 @@ def save_table(table: Frame, folder: str | Path, name: str, tex: pd.DataFrame | 
     for ending, text in texts.items():
         write_whole(Path(folder) / f"{name}.{ending}", text.encode("utf-8", "backslashreplace"))
     return table
-
-
-def plain_text(text: Any) -> str:
-    """Text in one line: what cannot be printed (line ends, control characters, surrogates) is a space."""
-    return " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
 
 
 def _markdown(table: Frame) -> str:

@@ -18,12 +18,12 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from .checks import check_labels
 from .files import write_whole
 from .identity import state_digest
 from .noise import generator, seed_of
+from .progress import tqdm
 
 
 def one_cycle(step: int, n_steps: int, warmup: float = 0.1) -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 DATA_SETS = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "imagenet": "ImageNet", "toy": "drawn scenes"}
 
 # Other words for a class of CIFAR-10 or CIFAR-100 that captioners use.
@@ -35,6 +37,11 @@ SYNONYMS = {
     "telephone": ("phone",),
     "television": ("tv",),
 }
+
+
+def plain_text(text: Any) -> str:
+    """Text in one line: what cannot be printed (line ends, control characters, surrogates) is a space."""
+    return " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
 
 
 def _words(text: str) -> str:

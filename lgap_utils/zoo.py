@@ -7,7 +7,7 @@ import os
 import shutil
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,11 @@ def import_robustbench() -> tuple[Any, Any]:
     if getattr(robustbench.eval, "AutoAttack", None) is pyautoattack.AutoAttack:
         robustbench.eval.AutoAttack = _with_benchmarks_arguments(pyautoattack.AutoAttack)
     return robustbench, WideResNet
+
+
+def before_unpickling() -> Callable[[], Any]:
+    """What another process must call before it can read the networks that this one holds."""
+    return import_robustbench if "robustbench" in sys.modules else int
 
 
 def _with_benchmarks_arguments(base: Any) -> type:

@@ -1,11 +1,14 @@
 """Running out of memory halves a batch, and changes nothing else."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from sums import KEYS, SMALL, X, Y, net, noisy, words
 
+from lgap_utils import batches
 from lgap_utils.attacks import bpda, pgd
-from lgap_utils.batches import BatchSize, call_in_batches
+from lgap_utils.batches import BatchSize, call_in_batches, has_room
 from lgap_utils.defense import LGAP
 
 
@@ -67,3 +70,23 @@ def test_the_batch_grows_while_most_of_a_gpu_is_empty(monkeypatch):
     assert call_in_batches(lambda part: part.stop - part.start, 6, room) == [2, 2, 2]
     for device in (None, "cpu"):  # whatever a GPU beside it holds
         assert call_in_batches(lambda part: part.stop - part.start, 6, BatchSize(2, device)) == [2, 2, 2]
+
+
+def test_room_is_a_third_of_memory_or_of_a_containers(monkeypatch, tmp_path):
+    machine, (limit, used) = SimpleNamespace(available=80, total=120), (tmp_path / "limit", tmp_path / "used")
+    monkeypatch.setattr(batches.psutil, "virtual_memory", lambda: machine)
+    monkeypatch.setattr(batches, "CGROUPS", [(tmp_path / "no such file", used), (limit, used)])
+    cpu = torch.device("cpu")
+    fits = lambda device=cpu: [n for n in (5, 25, 35, 45) if has_room(n, device)]
+    assert fits() == [5, 25, 35]
+    for text in ("max", str(2**63)):
+        limit.write_text(text)
+        used.write_text("10")
+        assert fits() == [5, 25, 35]
+    limit.write_text("60")
+    assert fits() == [5, 25]
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (60, 120))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 30)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 20)
+    assert fits(torch.device("cuda")) == [5, 25]
+    assert fits(torch.device("meta")) == []

@@ -14,7 +14,8 @@ from PIL import Image
 from sums import pale, uniform
 from torch import nn
 
-from lgap_utils import models
+from lgap_utils import batches, models
+from lgap_utils.batches import kept_bytes
 from lgap_utils.defense import LGAP, Trace, noise_schedule
 from lgap_utils.images import vae_pixels
 from lgap_utils.noise import Keys, generator
@@ -285,11 +286,31 @@ def test_the_gradient_is_that_of_finite_differences(exact, wide):
         )
 
 
-def test_checkpointing_leaves_the_gradient_as_it_is(exact, wide):
-    recomputed = gradient(exact, *wide)
+def test_checkpointing_leaves_the_gradient_as_it_is(exact, wide, monkeypatch):
+    with exact.using(checkpointing=True):
+        recomputed = gradient(exact, *wide)
+    assert recomputed.flatten(1).abs().amax(1).min() > 0
     with exact.using(checkpointing=False):
         assert torch.equal(gradient(exact, *wide), recomputed)
-    assert recomputed.flatten(1).abs().amax(1).min() > 0
+    asked, room = [], iter([True, True, False, True] + 99 * [False])
+    monkeypatch.setattr(batches, "has_room", lambda n, device: asked.append(n) or next(room))
+    assert torch.equal(gradient(exact, *wide), recomputed)
+    assert len(asked) == len(exact.schedule()[1]) + 2 and len(set(asked)) == 3 and min(asked) > 0
+
+
+@pytest.mark.parametrize("part", ["encode", "step", "decode"])
+def test_what_autograd_keeps_is_known_from_one_image(exact, wide, part):
+    x = exact.at_working_size(wide[0]).detach()
+    z, text, keys = torch.randn(2, 4, 4, 4, dtype=x.dtype), exact.embed([""] * 4), Keys([0, 1])
+    args = {"encode": (x, keys), "step": (z, 481, text), "decode": (z,)}[part]
+    function, asked = getattr(exact, part), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(batches, "has_room", lambda n, device: asked.append(n))
+        exact._kept.fits(function, args, list(exact.parameters()))
+    leaf = args[0].requires_grad_()
+    assert asked[0] == pytest.approx(
+        kept_bytes(lambda: function(leaf, *args[1:]), exact.parameters()), rel=0.05
+    )
 
 
 @pytest.mark.parametrize(

@@ -27,10 +27,11 @@ from cheap_defense import (
 
 from lgap_utils import baselines, evaluate, rows
 from lgap_utils.defense import LGAP
-from lgap_utils.evaluate import Evaluation, purified_pixels, purify_rows
+from lgap_utils.evaluate import Evaluation, purified_pixels
 from lgap_utils.identity import named
 from lgap_utils.noise import Keys
 from lgap_utils.protocols import NATURAL, Attack
+from lgap_utils.purified import purify_rows
 
 
 class Mine(Attack):

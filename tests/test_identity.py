@@ -14,11 +14,12 @@ import torch
 
 from lgap_utils import baselines, data, experiment, models
 from lgap_utils.defense import LGAP
-from lgap_utils.evaluate import Evaluation, describe_defense, purify_rows
+from lgap_utils.evaluate import Evaluation, describe_defense
 from lgap_utils.identity import identity, named, own_settings, state_digest, unnamed_in
 from lgap_utils.images import Images
 from lgap_utils.noise import generator
 from lgap_utils.protocols import NATURAL, Attack
+from lgap_utils.purified import purify_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 PIXELS = (255 * torch.rand(4, 3, 4, 4, generator=generator("images"))).byte()

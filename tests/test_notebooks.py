@@ -11,12 +11,13 @@ import pytest
 from nbval.plugin import get_sanitize_patterns
 
 import lgap_utils
+from tools import badges
+from tools.notebooks import SHOWS_DATA, WIDGET
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 SANITIZE = ROOT / "tests" / "nbval_sanitize.cfg"
 
-BADGE = re.compile(r"colab\.research\.google\.com/github/([\w.-]+/[\w.-]+)/blob/main/([\w./-]+)")
 ABSOLUTE = re.compile(
     r"(?<![\w.])/(?:home|root|Users|tmp|work|mnt|opt|srv|var|private)/[\w.-]+|\b[A-Z]:\\+Users"
 )
@@ -84,24 +85,29 @@ def test_it_is_short(path, nb):
     assert sum(len(re.findall(r"^\s*(?:async\s+)?def\s", c.source, re.M)) for c in code(nb)) <= 2
 
 
+def test_opening_it_changes_nothing_and_no_bar_or_log_is_in_it(path, nb):
+    assert path.read_text(encoding="utf-8") == nbformat.writes(nb) + "\n"
+    outputs = [output for cell in code(nb) for output in cell.outputs]
+    assert not [o for o in outputs if WIDGET in o.get("data", {}) or o.get("name") == "stderr"]
+    assert not [text for text in texts(nb) if "Loading weights" in text or "HTTP Request" in text]
+    assert not [o for o in outputs if "...</td>" in "".join(o.get("data", {}).get("text/html", ""))]
+
+
+def test_a_cell_that_shows_images_says_so(nb):
+    """Or a picture of a data set is published with the notebook."""
+    for cell in code(nb):
+        shows = re.search(r"image_grid|imshow|\.picture|caption_under", cell.source) is not None
+        assert shows <= (SHOWS_DATA in cell.metadata.get("tags", [])), cell.source
+
+
 def test_it_names_no_path_of_one_machine(nb):
     assert not [found for text in texts(nb) for found in ABSOLUTE.findall(text)]
 
 
 def test_its_badge_and_bootstrap_lead_to_itself(path, nb):
-    badges = [b for c in nb.cells if c.cell_type == "markdown" for b in BADGE.findall(c.source)]
-    repository = lgap_utils.REPOSITORY.removeprefix("https://github.com/")
-    assert badges == [(repository, f"notebooks/{path.name}")]
+    assert badges.rewritten(path, lgap_utils.REPOSITORY) == path.read_text(encoding="utf-8")
     (bootstrap,) = code(nb, "bootstrap")
     assert f'"{lgap_utils.REPOSITORY}"' in bootstrap.source
-
-
-def test_the_badges_of_the_readme_lead_to_notebooks():
-    if not (ROOT / "README.md").exists():
-        pytest.skip("no README.md yet")
-    repository = lgap_utils.REPOSITORY.removeprefix("https://github.com/")
-    for owner_and_name, target in BADGE.findall((ROOT / "README.md").read_text(encoding="utf-8")):
-        assert owner_and_name == repository and (ROOT / target) in NOTEBOOKS
 
 
 def test_every_sanitize_rule_is_read():

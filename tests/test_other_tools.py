@@ -53,10 +53,12 @@ def expected(new, defense, x, y):
     return adv
 
 
-def readme(word):
-    """The code of README.md that holds this word, as one block of it."""
+def shown(word):
+    """The code of docs/own.md that holds this word, as one block of it."""
     (block,) = (
-        b for b in re.findall("```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL) if word in b
+        b
+        for b in re.findall("```python\n(.*?)```", (ROOT / "docs" / "own.md").read_text(), re.DOTALL)
+        if word in b
     )
     return block
 
@@ -188,13 +190,13 @@ def test_a_query_takes_a_view_and_keys_and_says_so(defense):
         autoattack.Query(attacks.full(defense), Keys([0]), n_draws=0)
 
 
-# ---------------------------------------------------------------- what the README shows
+# ---------------------------------------------------------------- what docs/own.md shows
 
 
 def test_lgap_as_a_preprocessor_of_art_has_the_gradient_of_autograd(small, images, one):
     x, y = one
     place = {"defense": small, "images": images, "attacks": attacks, "torch": torch}
-    exec(readme("preprocessing_defences"), place)
+    exec(shown("preprocessing_defences"), place)
     classifier = place["classifier"]
     assert torch.allclose(torch.from_numpy(classifier.predict(x.numpy())), small(x), rtol=0, atol=1e-5)
     leaf = x.clone().requires_grad_()
@@ -205,7 +207,7 @@ def test_lgap_as_a_preprocessor_of_art_has_the_gradient_of_autograd(small, image
 
 @pytest.fixture
 def pipelines(defense):
-    """The README's captioner and purifier, around pipelines of the tiny models, at a working size of 16."""
+    """The page's captioner and purifier, around pipelines of the tiny models, at a working size of 16."""
     import diffusers
     import transformers
 
@@ -219,7 +221,7 @@ def pipelines(defense):
     )
     img2img.set_progress_bar_config(disable=True)
     place = {"pipe": text, "img2img": img2img}
-    exec(readme("img2img("), place)
+    exec(shown("img2img("), place)
     place["size"] = 16
     return SimpleNamespace(**place)
 

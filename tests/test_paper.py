@@ -28,15 +28,21 @@ SIZES = {
     "n_images": 2,
     "n_adaptive": 1,
     "n_eot_images": 1,
+    "n_surrogate": 1,
     "n_full": 1,
+    "n_curve": 1,
+    "n_controls": 1,
+    "n_language": 2,
     "n_rivals": 1,
     "n_draws": 2,
     "n_finetune": 4,
     "n_validation": 2,
-    "n_eot": 3,
-    "num_inference_steps": 10,
+    "n_eot": 2,
+    "n_steps_full": 2,
+    "num_inference_steps": 4,
+    "size": 128,
     "same_models": True,
-}  # fewer draws and steps; the numbers are compared all the same
+}  # fewer draws, steps and pixels; the numbers are compared all the same
 
 
 def put(file, weights):
@@ -176,7 +182,7 @@ def test_all_seven_notebooks_of_paper_run_from_a_hub_cache(cache, tmp_path):
     datasets = [results[f"table {k}"]["provenance"]["settings"]["dataset"] for k in range(1, 5)]
     assert datasets == ["cifar10", "cifar100", "cifar10", "imagenet"]
     purifier = results["table 1"]["provenance"]["defence"]["purifier"]["is"]
-    assert (purifier["size"], purifier["num_inference_steps"], purifier["dtype"]) == (384, 10, "bfloat16")
+    assert (purifier["size"], purifier["num_inference_steps"], purifier["dtype"]) == (128, 4, "bfloat16")
     assert (
         "inside" in (out / "tables" / "04_table1.md").read_text()
         or "outside" in (out / "tables" / "04_table1.md").read_text()

@@ -4,7 +4,6 @@ import importlib.util
 import json
 import shutil
 import subprocess
-from pathlib import Path
 
 import pytest
 
@@ -42,7 +41,6 @@ MADE = {
     "classifier_cifar10/finetuning.json": "small",
     "classifier_cifar10/SHA256SUMS": "small",
     "classifier_cifar10/.lock": "",
-    "notebooks/03_finetuning.ipynb": "",
     ".lock": "",
 }
 
@@ -57,6 +55,7 @@ def checkout(tmp_path):
     (root / "README.md").write_text(
         "<!-- table: outputs/published/small/tables/03_a.md -->\nold\n<!-- end -->\nx\n"
         "<!-- table: outputs/published/small/tables/none.md -->\nstays\n<!-- end -->\n"
+        "<!-- times: small -->x<!-- end -->\n"
     )
     return root
 
@@ -77,14 +76,24 @@ def test_results_are_copied_and_pictures_of_the_data_are_not(profile, checkout, 
         put(source, name, json.dumps({"name": name}))
     put(target, "rows/table2/natural/000000-old.parquet", "of an earlier run")
     put(target, "tables/06_other.md", "of a notebook that was not run again")
+    notebook = {"metadata": {"papermill": {"duration": 61.5}}, "cells": []}
+    put(source, "notebooks/03_finetuning.ipynb", json.dumps(notebook))
+    put(source, "notebooks/04_table1.ipynb", json.dumps(notebook | {"metadata": {}}))
     before = files_of(source)
     n = publish.publish(source, checkout, profile)
     wanted = {name for name, where in MADE.items() if where in (profile, "both")}
     old = {"tables/06_other.md"} | ({"rows/table2/natural/000000-old.parquet"} if profile == "toy" else set())
-    assert files_of(target) == wanted | old and n == len(wanted) and files_of(source) == before
+    times = (target / "tables/00_times.csv").read_text().splitlines()
+    assert times == ["notebook,seconds", "03_finetuning,61.5"]
+    assert (
+        files_of(target) == wanted | old | {"tables/00_times.csv"}
+        and n == len(wanted)
+        and files_of(source) == before
+    )
     assert all(json.loads((target / name).read_text())["name"] == name for name in wanted)
     text = (checkout / "README.md").read_text()
     assert ('{"name": "tables/03_a.md"}' in text) == (profile == "small") and "stays" in text
+    assert ("<!-- times: small -->62 s<!-- end -->" in text) == (profile == "small")
 
 
 def test_a_torn_results_file_is_not_published(checkout, tmp_path):
@@ -118,14 +127,3 @@ def test_git_knows_nothing_of_outputs_but_what_is_published():
     for name in ("toy/tables/a.md", "small/results.json", "small/figures/04_table1.png"):
         name = f"outputs/{name}"
         assert git("check-ignore", "--no-index", name) == [name]
-
-
-def test_the_readme_shows_what_is_published():
-    text = (ROOT / "README.md").read_text()
-    marked = [Path(name) for _, name, _ in publish.MARKED.findall(text)]
-    assert marked and all(
-        (ROOT / name).is_file() and name.parts[:2] == ("outputs", "published") for name in marked
-    )
-    assert publish.filled(text) == text
-    figure = "outputs/published/toy/figures/02_figure2.png"
-    assert (ROOT / figure).is_file() and f"({figure})" in text

@@ -13,7 +13,8 @@ import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
 from lgap_utils.profiles import ROOT
-from tools import request, runner
+from tools import request, runner, watch
+from tools.needs import Check
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,8 @@ def stub_profiles(monkeypatch, tmp_path):
     for module in (runner, request):
         monkeypatch.setattr(module, "PROFILES", {"toy": Profile()})
         monkeypatch.setattr(module, "get_profile", get_profile)
-    monkeypatch.setattr(runner, "ready", lambda profile, notebooks, settings: True)
+    monkeypatch.setattr(runner, "ready", lambda *_, **__: [])
+    monkeypatch.setattr(runner, "estimate", lambda plan, known: known)
     monkeypatch.setenv("LGAP_OUTPUTS", str(tmp_path / "outputs"))
 
 
@@ -71,7 +73,7 @@ def failure(folder):
     return stopped.value.code
 
 
-def test_a_good_run_sets_parameters_and_shows_the_tables(write, tmp_path, capsys):
+def test_a_good_run_sets_parameters_and_ends_with_the_page(write, tmp_path, capsys):
     folder = write(
         "01_first",
         "PROFILE = 'small'\nN_IMAGES = None",
@@ -83,8 +85,10 @@ def test_a_good_run_sets_parameters_and_shows_the_tables(write, tmp_path, capsys
     write("02_second", "PROFILE = 'small'", "assert 'N_IMAGES' not in globals()")
     runner.main(["--set", "n_images=3"], folder)
     said = capsys.readouterr().out
-    assert said.index("[1/2] 01_first") < said.index("[2/2] 02_second") < said.index("| 72.5 |")
-    assert (tmp_path / "outputs/toy/notebooks/02_second.ipynb").is_file()
+    assert said.index("[1/2] 01_first") < said.index("[2/2] 02_second") < said.index("Profile toy is done")
+    page = tmp_path / "outputs/toy/index.html"
+    assert "Tables that this run wrote: table1." in said and said.splitlines()[-1] == str(page)
+    assert "02_second" in page.read_text() and (page.parent / "pages/02_second.html").is_file()
 
 
 def test_a_failing_cell_is_named_and_stops_the_run(write, tmp_path):
@@ -172,7 +176,10 @@ def test_a_profile_that_cannot_run_is_refused_before_anything_starts(write, tmp_
     monkeypatch.setattr(
         runner,
         "ready",
-        lambda profile, notebooks, settings: (notebooks, settings) != (["01_first"], {"n_images": 3}),
+        lambda profile, notebooks, settings, say=True: (
+            [Check("classifier", "missing", "gone")]
+            * ((notebooks, settings) == (["01_first"], {"n_images": 3}))
+        ),
     )
     folder = write("01_first", "PROFILE = 'toy'\nN_IMAGES = None")
     with pytest.raises(SystemExit) as stopped:
@@ -261,10 +268,10 @@ def test_only_what_the_run_wrote_is_shown(write, tmp_path, capsys):
         os.utime(tables / f"{name}.md", (1e9, 1e9))
     runner.main(["--only", "02"], folder)
     said = capsys.readouterr().out
-    assert "This run wrote no table" in said and "|" not in said
+    assert "Tables that this run wrote: none." in said
     runner.main(["--only", "01"], folder)
     said = capsys.readouterr().out
-    assert "| 1 |" in said and "| 2 |" in said and "old" not in said and "| 3 |" not in said
+    assert "Tables that this run wrote: again, new." in said
 
 
 @pytest.mark.parametrize(
@@ -384,3 +391,70 @@ def test_a_reader_that_goes_away_is_no_error(command):
     piped = ["bash", "-c", '"$@" | true; exit "${PIPESTATUS[0]}"', ""]
     done = subprocess.run([*piped, sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True)
     assert done.stderr == "" and done.returncode in (0, 128 + signal.SIGPIPE)
+
+
+SHARD = """import os, pathlib
+rows = pathlib.Path(os.environ['LGAP_OUTPUTS'], PROFILE, 'rows', 'a')
+rows.mkdir(parents=True, exist_ok=True)
+(rows / f'{N}.parquet').write_bytes(b'')"""
+
+
+def test_a_finished_notebook_with_the_same_settings_is_told_to_reuse_its_rows(write, capsys):
+    folder = write("01_first", "PROFILE = 'toy'\nN = 1", SHARD)
+    write("02_no_rows", "PROFILE = 'toy'", "1")
+    said = []
+    for more in ([], [], ["--set", "n=2"], ["--set", "n=2"]):
+        runner.main(more, folder)
+        said.append(capsys.readouterr().out.count("rows reused"))
+    assert said == [0, 1, 0, 1]
+
+
+@pytest.mark.parametrize(
+    "missing, status", [({"02_second"}, runner.PARTLY), ({"01_first", "02_second"}, None)]
+)
+def test_a_notebook_without_its_data_set_is_left_out_and_the_others_run(
+    missing, status, write, tmp_path, monkeypatch, capsys
+):
+    folder = write("01_first", "PROFILE = 'toy'")
+    write("02_second", "PROFILE = 'toy'")
+    gone = Check("data", "missing", "cifar100, not in data\nget it with")
+    ready = lambda profile, notebooks, settings, say=True: [gone] * bool(missing & set(notebooks))
+    monkeypatch.setattr(runner, "ready", ready)
+    with pytest.raises(SystemExit) as stopped:
+        runner.main([], folder)
+    sentence = "02_second is left out, as its data set is missing: cifar100, not in data"
+    if status is None:
+        assert "cannot run here" in stopped.value.code and not (tmp_path / "outputs").exists()
+    else:
+        assert stopped.value.code == status and sentence in capsys.readouterr().out
+        assert sentence in (tmp_path / "outputs/toy/index.html").read_text()
+        assert not (tmp_path / "outputs/toy/notebooks/02_second.ipynb").exists()
+
+
+BAR = """import time
+from lgap_utils.progress import tqdm
+with tqdm(total=8, desc='BPDA-40', unit='step', mininterval=0) as bar:
+    for _ in range(8):
+        time.sleep(0.2)
+        bar.set_postfix_str('3 of 6 images', refresh=False)
+        bar.update()"""
+
+
+def test_without_a_terminal_a_line_now_and_then_says_where_it_is(write, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(watch, "MINUTE", 0.2)
+    monkeypatch.delenv("TQDM_DISABLE")
+    monkeypatch.setattr(runner, "estimate", lambda plan, known: dict.fromkeys(plan, 1000.0))
+    runner.main([], write("01_first", "PROFILE = 'toy'", BAR))
+    said = capsys.readouterr().out
+    assert "all of it takes about 17 min" in said and "cell 3 of 3 | whole run 17 min | BPDA-40: " in said
+    assert " of 8 steps, 3 of 6 images, " in said and "\r" not in said
+    nb = nbformat.read(tmp_path / "outputs/toy/notebooks/01_first.ipynb", as_version=4)
+    assert not [cell.outputs for cell in nb.cells if cell.outputs]  # no bar is stored
+    assert not (tmp_path / "outputs/toy/.status").exists() and "LGAP_STATUS" not in os.environ
+
+
+def test_results_without_a_page_are_told(write, monkeypatch):
+    from tools import report
+
+    monkeypatch.setattr(report, "build", lambda *_, **__: 1 / 0)
+    assert "the page could not be made (division by zero)" in failure(write("01_first", "PROFILE = 'toy'"))

@@ -31,16 +31,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.utils import logging
 
 import lgap_utils
-from lgap_utils import attacks, data, evaluate, figures, models, toy, train
+from lgap_utils import attacks, data, evaluate, figures, models, purified, toy, train
 from lgap_utils.defense import LatentPurifier
 from lgap_utils.files import CheckpointError
 from lgap_utils.images import Images
 from lgap_utils.noise import Keys
-from lgap_utils.profiles import REVISIONS, TOY, Profile, get_profile
+from lgap_utils.profiles import REVISIONS, ROOT, TOY, Profile, get_profile
 from lgap_utils.protocols import NATURAL
 from tools.needs import Item, models_of
-from tools.request import Values
-from tools.runner import duration
+from tools.request import Values, parameters, select, values_for
+from tools.watch import duration
 
 Costs = dict[Path, tuple[Profile, Counter]]  # {notebook: (its profile, counts)}
 Prices = dict[str, tuple[float, float]]  # {what is counted: (best, worst) seconds of one}
@@ -179,7 +179,7 @@ def count(plan: dict[Path, Values]) -> Costs:
         attacks.pgd: lambda model, x, y, **_: x.clone(),  # the notebooks' own: on the classifier alone
         data.classes_of: lambda dataset: toy.CLASSES,
         data.load_images: made_up,
-        evaluate.purify_rows: tally.purify_rows,
+        purified.purify_rows: tally.purify_rows,
         figures.save_figure: lambda figure, *_: plt.close(figure),
         models.load_classifier: lambda *_, **__: classifier,
         train.finetune: lambda *_, **__: [{"epoch": 1, "loss": 0.0, "train": 1.0, "validation": 1.0}],
@@ -282,6 +282,29 @@ def price(profile: Profile) -> tuple[Prices, str]:
     return {name: (each / RATES[0], each / RATES[1]) for name, each in flops.items()}, where
 
 
+def times(costs: Costs) -> tuple[dict[Path, tuple[float, float]], list[str]]:
+    """({notebook: its best and its worst time in s}, where the prices are from)."""
+    prices, took = {}, {}
+    for path, (profile, counts) in costs.items():
+        same = tuple(getattr(profile, name) for name in PRICED)
+        if same not in prices:
+            prices[same] = price(profile)
+        each = prices[same][0]
+        took[path] = tuple(sum(counts[name] * of[k] for name, of in each.items()) for k in (0, 1))
+    return took, list(dict.fromkeys(where for _, where in prices.values()))
+
+
+def expected(plan: dict[Path, Values]) -> dict[Path, float]:
+    """Seconds of each notebook of the plan; none where a model cannot be timed."""
+    logging.disable_progress_bar()
+    took, _ = times(count(plan))
+    return (
+        {path: (best + worst) / 2 for path, (best, worst) in took.items()}
+        if any(map(any, took.values()))
+        else {}
+    )
+
+
 def print_costs(plan: dict[Path, Values]) -> None:
     """Print what each notebook of the plan, {notebook: parameters}, asks for, and how long that takes."""
     logging.disable_progress_bar()
@@ -292,19 +315,47 @@ def print_costs(plan: dict[Path, Values]) -> None:
     columns = ("captions", "forward", "gradient", "calls")
     heads = "".join(f"{head:>16}" for head in ("captions", "purifications", "with gradient", "calls"))
     print(f"\n{'at most':28}{heads}{'time':>20}")
-    total, prices = [0.0, 0.0], {}
-    for path, (profile, counts) in costs.items():
-        same = tuple(getattr(profile, name) for name in PRICED)
-        if same not in prices:
-            prices[same] = price(profile)
-        took = [sum(counts[name] * each[k] for name, each in prices[same][0].items()) for k in (0, 1)]
-        total = [total[k] + took[k] for k in (0, 1)]
+    took, sources = times(costs)
+    for path, (_, counts) in costs.items():
         numbers = "".join(f"{counts[name]:16,}" for name in columns)
-        print(f"{path.stem:28}{numbers}{time_range(*took):>20}")
+        print(f"{path.stem:28}{numbers}{time_range(*took[path]):>20}")
+    total = [sum(each[k] for each in took.values()) for k in (0, 1)]
     print(f"{'in all':28}{'':64}{time_range(*total):>20}")
-    print(*dict.fromkeys(where for _, where in prices.values()), sep="\n")
+    print(*sources, sep="\n")
     print(f"A gradient counts as {GRADIENT} passes; what the classifier does alone comes on top.")
 
 
 def time_range(best: float, worst: float) -> str:
     return f"{duration(best)} to {duration(worst)}" if worst else "-"
+
+
+RUNS = {"Table 1": "03,04", "Table 2": "05", "Table 3": "03,06", "Table 4": "07"}  # notebooks of each table
+
+
+def table_of_costs(name: str = "paper") -> pd.DataFrame:
+    """What each of the paper's tables costs at a profile from nothing: command, downloads, memory, time."""
+    from tools.bench import networks
+    from tools.doctor import bytes_text, size_text
+    from tools.needs import data_sets
+
+    with torch.device("meta"):
+        weights = sum(p.numel() for network in networks().values() for p in network.parameters())
+    lines = []
+    with tempfile.TemporaryDirectory() as empty:
+        for table, only in RUNS.items():
+            paths = select(sorted((ROOT / "notebooks").glob("[0-9]*.ipynb")), only.split(","))
+            costs = count({path: values_for(parameters(path), {}, name) for path in paths})
+            profile = get_profile(name, int(table[-1]))
+            with mock.patch.dict(os.environ, LGAP_DATA=empty, LGAP_CACHE=empty):
+                needs = [*models_of([profile]), *data_sets([profile])]
+            sizes = [size for need in needs if isinstance(need, Item) for size in need.absent.values()]
+            total = sum((counts for _, counts in costs.values()), Counter())
+            flops = sum(total[what] * each for what, each in flops_of(profile).items())
+            line = {"table": table, "command": f"./run_all.sh {name} --only {only}"}
+            line |= {"downloads": size_text(sizes), "weights on the GPU": bytes_text(2 * weights)}
+            lines.append(line | {"time on one GPU": time_range(*(flops / rate for rate in RATES))})
+    return pd.DataFrame(lines)
+
+
+if __name__ == "__main__":
+    table_of_costs().to_csv(ROOT / "paper" / "cost.csv", index=False)

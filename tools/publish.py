@@ -1,13 +1,12 @@
 """Puts what a run measured where readers find it:   python tools/publish.py PROFILE
 
 Copies tables, charts, results.json, the rows of Tables 1 to 4 and the fine-tuned classifier from
-outputs/PROFILE (or $LGAP_OUTPUTS) to outputs/published/PROFILE, except for what .gitignore names. Fills the
-README's tables, between `<!-- table: FILE -->` and `<!-- end -->`. No run reads or writes there.
+outputs/PROFILE (or $LGAP_OUTPUTS) to outputs/published/PROFILE, except for what .gitignore names, and fills
+the README and docs/ from them (tools/texts.py). No run reads or writes there.
 """
 
 import json
 import pathlib
-import re
 import shutil
 import subprocess
 import sys
@@ -18,23 +17,13 @@ sys.path.insert(0, str(ROOT))
 
 from lgap_utils.files import folder_lock  # noqa: E402
 from lgap_utils.profiles import PROFILES, output_root  # noqa: E402
+from tools import texts  # noqa: E402
 
-MARKED = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 RESULTS = (
     *("results.json", "tables/*.csv", "tables/*.md", "tables/*.tex", "figures/*.png"),
     *("rows/table*/**/*.parquet", "rows/table*/**/config.json"),
     *("classifier_*/*.json", "classifier_*/*.safetensors", "classifier_*/SHA256SUMS"),
 )
-
-
-def filled(text: str, root: pathlib.Path = ROOT) -> str:
-    """The text with each marked part replaced by the file it names; a part whose file is not there stays."""
-
-    def table(match: re.Match) -> str:
-        file = root / match[2]
-        return f"{match[1]}{file.read_text().strip()}\n{match[3]}" if file.exists() else match[0]
-
-    return MARKED.sub(table, text)
 
 
 def ignored(root: pathlib.Path, files: Iterable[pathlib.Path]) -> set[pathlib.Path]:
@@ -60,8 +49,9 @@ def publish(source: pathlib.Path, root: pathlib.Path, profile: str) -> int:
     for file, measured in files.items():
         (root / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(measured, root / file)
-    readme = root / "README.md"
-    readme.write_text(filled(readme.read_text(), root))
+    if len(times := texts.took(source / "notebooks").splitlines()) > 1:
+        (root / target / "tables" / "00_times.csv").write_text("\n".join(times) + "\n")
+    texts.fill(root)
     return len(files)
 
 
@@ -74,5 +64,10 @@ if __name__ == "__main__":
     try:
         with folder_lock(measured):
             print(f"{publish(measured, ROOT, sys.argv[1])} files to outputs/published/{sys.argv[1]}")
+            page = pathlib.Path("outputs", "published", sys.argv[1], "index.html")
+            if not ignored(ROOT, [page]):
+                from tools import report
+
+                print(report.publish(measured, ROOT / page.parent, sys.argv[1]).relative_to(ROOT))
     except (OSError, RuntimeError, ValueError) as error:
         sys.exit(f"tools/publish.py: {error}")

@@ -7,13 +7,14 @@ set_up
 
 LGAP_OUTPUTS=$(mktemp -d)
 # One thread, as run_tests.sh has on two cores: with another number fine-tuning rounds to other weights.
-export LGAP_OUTPUTS TQDM_DISABLE=1 HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
+export LGAP_OUTPUTS TQDM_DISABLE=1 HF_HUB_DISABLE_PROGRESS_BARS=1 HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
 trap 'rm -rf "$LGAP_OUTPUTS"' EXIT
 for notebook in notebooks/[0-9]*.ipynb; do
     echo "$notebook"
     "$python" -m jupyter execute --inplace --kernel_name=python3 "$notebook"
     "$python" -m nbstripout --keep-output --keep-count \
         --extra-keys "metadata.papermill cell.metadata.papermill cell.metadata.execution metadata.language_info" "$notebook"
+    "$python" -m tools.notebooks "$notebook"
 done
 # The tables that the README shows come from the same run.
 "$python" tools/publish.py toy
