@@ -124,11 +124,7 @@ def without_caption(purifier: LatentPurifier) -> Purifier:
         with purifier.using(guidance_scale=1.0):
             return purifier(x, [""] * len(x), keys)
 
-    purifier_alone = Purifier(
-        function, random=True, made_of=purifier, purifier="no caption", guidance_scale=1.0
-    )
-    purifier_alone.denoises = True
-    return purifier_alone
+    return Purifier(function, random=True, made_of=purifier, purifier="no caption", guidance_scale=1.0)
 
 
 def _check_latent(purifier: Any) -> None:
