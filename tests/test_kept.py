@@ -52,7 +52,7 @@ def test_the_example_of_the_docs_runs(run, monkeypatch, capsys):
 def test_what_cannot_be_read_is_said(run, tmp_path):
     with pytest.raises(ValueError, match="holds no rows of attacks"):
         kept.tables_of(tmp_path)
-    with pytest.raises(ValueError, match="got 4 of the 8 that"):
+    with pytest.raises(ValueError, match="images: 4 of the 8 that"):
         kept.score(run[0], LGAP(words, Noisy(), net), some_images(4))
     with pytest.raises(SystemExit):
         cli.main(["tables", str(tmp_path / "nothing")])

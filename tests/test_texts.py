@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from lgap_utils.profiles import ROOT
-from tools import badges, cli, cost, runner, texts
+from tools import badges, cli, cost, cost_table, runner, texts
 
 PAGES = texts.pages()
 # Numbers that are names, settings or versions, and are no result.
@@ -94,8 +94,8 @@ def test_every_command_is_understood_by_its_own_parser(words, monkeypatch):
     """Up to where it would begin to work."""
     words = ["small" if word == "PROFILE" else word for word in words]
     if words[0] == "./run_all.sh":
-        monkeypatch.setattr(runner, "ready", lambda *_: True)
-        monkeypatch.setattr(runner, "run_all", lambda plan, out: None)
+        monkeypatch.setattr(runner, "ready", lambda *_: [])
+        monkeypatch.setattr(runner, "run_all", lambda *_: [])
         monkeypatch.setattr(cost, "print_costs", lambda plan: None)
         if "--help" in words:
             with pytest.raises(SystemExit, match="0"):
@@ -106,9 +106,13 @@ def test_every_command_is_understood_by_its_own_parser(words, monkeypatch):
         begun = []
         monkeypatch.setattr(cli.purify, "run", lambda parser, args: begun.append(args))
         monkeypatch.setattr(cli.doctor, "examine", lambda *args, **_: sys.exit("begun"))
-        with pytest.raises(SystemExit) if "purify" not in words else monkeypatch.context() as end:
+        monkeypatch.setattr(cli, "show_tables", lambda parser, folder: begun.append(folder))
+        goes_on = {"purify", "tables"} & set(words)
+        with monkeypatch.context() if goes_on else pytest.raises(SystemExit) as end:
             cli.main(words[3:])
         assert begun or str(end.value) == "begun"
+    elif words[1:3] == ["-m", "pip"]:
+        assert words[3] == "install" and words[-1] in (ROOT / "pyproject.toml").read_text()
     elif words[1] == "-m":
         assert (ROOT / words[2].replace(".", "/")).with_suffix(".py").exists()
     else:
@@ -219,7 +223,7 @@ def test_a_badge_is_hidden_without_an_address_and_comes_back_with_one():
 
 def test_the_costs_of_the_papers_tables_name_notebooks_that_are_there():
     table = (ROOT / "paper/cost.csv").read_text()
-    for name, only in cost.RUNS.items():
+    for name, only in cost_table.RUNS.items():
         assert (
             f'{name},"./run_all.sh paper --only {only}"' in table
             or f"{name},./run_all.sh paper --only {only}" in table
