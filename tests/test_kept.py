@@ -1,10 +1,13 @@
 """Tables from kept rows alone are those of the run; kept images are scored under another defence."""
 
+import re
+
 import pytest
 from cheap_defense import ATTACK, Noisy, evaluation, net, some_images, words
 
 from lgap_utils import kept
 from lgap_utils.defense import LGAP
+from lgap_utils.profiles import ROOT
 from lgap_utils.protocols import NATURAL
 from lgap_utils.tables import accuracy, ladder, of_images
 from tools import cli
@@ -35,6 +38,15 @@ def test_kept_images_are_scored_under_another_defence(run):
     assert stand[ATTACK.name] == accuracy(of_images(rows, "LGAP"))
     blurred = LGAP(words, lambda x, captions, keys: x.mean((2, 3), keepdim=True).expand_as(x), net)
     assert kept.score(folder, blurred, some_images())[NATURAL.name]["n"] == 8
+
+
+def test_the_example_of_the_docs_runs(run, monkeypatch, capsys):
+    blocks = re.findall("```python\n(.*?)```", (ROOT / "docs/own.md").read_text(), re.DOTALL)
+    (block,) = [each for each in blocks if "kept." in each]
+    monkeypatch.setattr("lgap_utils.models.load_defense", lambda name: LGAP(words, Noisy(), net))
+    monkeypatch.setattr("lgap_utils.data.load_images", lambda *_: some_images())
+    exec(block.replace("outputs/published/small/rows/table1_and_3", str(run[0])), {})
+    assert ATTACK.name in capsys.readouterr().out
 
 
 def test_what_cannot_be_read_is_said(run, tmp_path):
