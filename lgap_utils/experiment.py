@@ -20,7 +20,7 @@ from . import train
 from .baselines import no_caption, undefended, with_purifier
 from .data import load_images
 from .defense import LGAP, METHOD
-from .diffpure import load_rival
+from .diffpure import FILES, load_rival
 from .evaluate import Evaluation, describe_defense, purified_pixels
 from .files import CheckpointError, folder_lock, locate, sha256, verify, write_whole
 from .hub import lock_entries
@@ -216,9 +216,10 @@ def file_digests(
 
 
 def weight_digests(profile: Profile) -> dict[str, dict]:
-    """{model: `file_digests`} of the profile's captioner, diffusion model and classifier."""
+    """{model: `file_digests`} of the profile's captioner, diffusion model, classifier and rival, if any."""
     p = profile
-    return {
+    rival = {p.rival: file_digests(p.rival, p.rival_revision, FILES)} if p.rival else {}
+    return rival | {
         p.captioner: file_digests(p.captioner, p.captioner_revision, CAPTIONER_FILES),
         p.diffusion: file_digests(p.diffusion, p.diffusion_revision, diffusion_files(p.variant)),
         p.classifier: file_digests(p.classifier),

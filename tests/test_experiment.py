@@ -88,6 +88,7 @@ def test_a_rival_has_a_fine_tuned_classifier_of_its_own_where_the_profile_says_s
     DDPMScheduler().save_pretrained(tmp_path / "rival")
     own = dataclasses.replace(own, rival=str(tmp_path / "rival"), rival_steps=10)
     as_it_came = experiment.load_rival_defense(own)
+    assert set(experiment.weight_digests(own)[own.rival]) == {"diffusion_pytorch_model.safetensors"}
     assert digest(as_it_came) == digest(load(own)) and as_it_came.purifier.denoiser_calls == 1
     tuned = experiment.load_rival_defense(dataclasses.replace(own, n_rival_tuning=4))
     assert digest(tuned) != digest(as_it_came) and not own.finetuned.exists()

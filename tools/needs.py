@@ -49,6 +49,7 @@ class Item:
 
 def models_of(profiles: list[Profile]) -> Iterator[Item | Check]:
     """For each model once, an Item, or a Check of what is wrong with its name."""
+    from lgap_utils.diffpure import FILES
     from lgap_utils.models import CAPTIONER_FILES, diffusion_files
 
     saved = ["config.json", "model.safetensors"]
@@ -57,6 +58,8 @@ def models_of(profiles: list[Profile]) -> Iterator[Item | Check]:
         needs[p.captioner] = "captioner", p.captioner_revision, CAPTIONER_FILES
         needs[p.diffusion] = "diffusion", p.diffusion_revision, diffusion_files(p.variant)
         needs[p.classifier] = "classifier", None, saved
+        if p.rival:
+            needs[p.rival] = "rival", p.rival_revision, FILES
         needs |= {name: ("rival", None, saved) for _, name, _ in p.rivals}
     for name, (what, revision, patterns) in needs.items():
         plain = [pattern for pattern in patterns if "*" not in pattern]
