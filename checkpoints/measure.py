@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pandas as pd
@@ -12,6 +13,7 @@ from checkpoints.captions import captions_of
 from lgap_utils import attacks, protocols
 from lgap_utils.data import load_images
 from lgap_utils.defense import LGAP
+from lgap_utils.experiment import load_rival_defense
 from lgap_utils.images import Images
 from lgap_utils.models import load_defense
 from lgap_utils.noise import Keys
@@ -27,6 +29,7 @@ COUNTED = (
     "classifier right, LGAP told the true class",
     "caption names the class",
 )
+RIVAL = "classifier right, rival"
 
 
 def measured(profile: Profile, device: Any, split: str = "test") -> str:
@@ -36,9 +39,9 @@ def measured(profile: Profile, device: Any, split: str = "test") -> str:
         load_images(profile.dataset, split, profile.n_images),
     )
     flags, psnr = _flags(profile, defense, images, images.x, device)
-    rows = {(name, "clean"): proportion(flags[name]) for name in COUNTED}
+    rows = {(name, "clean"): proportion(each) for name, each in flags.items()}
     flags, _ = _flags(profile, defense, images, _attacked(profile, defense, images, device), device)
-    rows |= {(name, "attacked"): proportion(flags[name]) for name in COUNTED}
+    rows |= {(name, "attacked"): proportion(each) for name, each in flags.items()}
     table = pd.DataFrame(rows).T.rename_axis(["measured", "images"]).reset_index()
     sizes = f"eps {profile.eps_255:g}/255, step {profile.step_size_255:g}/255"
     attack = f"preprocessor-blind PGD-{profile.n_steps}, {sizes}, random start"
@@ -64,6 +67,7 @@ def _flags(
 ) -> tuple[dict[str, list[bool]], Tensor]:
     """({what is counted: a flag for each image}, PSNR of the VAE's round trip [n] in dB) of pixels x."""
     flags: dict[str, list[bool]] = {name: [] for name in COUNTED}
+    rival = load_rival_defense(dataclasses.replace(profile, n_rival_tuning=0)) if profile.rival else None
     psnr, true_captions = [], captions_of(images)
     for rows in torch.arange(len(x)).split(profile.batch_size):
         batch, y, keys = x[rows].to(device), images.labels[rows], Keys(images.indices[rows], profile.seed)
@@ -75,5 +79,7 @@ def _flags(
             flags[name] += (defense.classify(seen).argmax(1).cpu() == y).tolist()
         for caption, label in zip(captions, y.tolist()):
             flags[COUNTED[-1]].append(names_class(caption, images.classes[label]))
+        if rival:
+            flags.setdefault(RIVAL, []).extend((rival(batch, keys=keys).argmax(1).cpu() == y).tolist())
         psnr.append(-10 * torch.log10((trip - batch).square().mean((1, 2, 3))))
     return flags, torch.cat(psnr)

@@ -53,13 +53,19 @@ class Purifier:
     """A purifier made of a function (x, keys) -> images, with its settings.
 
     random: whether it draws noise. made_of: the purifier that the function uses, if any; it then takes
-    several keys for each image, as a LatentPurifier does.
+    several keys for each image, as a LatentPurifier does. denoiser_calls: of an image, by that one's UNet.
     """
 
     def __init__(
-        self, function: Callable[..., Tensor], random: bool = False, made_of: Any = None, **settings: Any
+        self,
+        function: Callable[..., Tensor],
+        random: bool = False,
+        made_of: Any = None,
+        denoiser_calls: int = 0,
+        **settings: Any,
     ):
         self.function, self.random, self.made_of, self._settings = function, random, made_of, settings
+        self.denoiser_calls = denoiser_calls
         self.takes_draws = getattr(made_of, "takes_draws", False)
 
     def settings(self) -> dict[str, Any]:
@@ -124,7 +130,9 @@ def without_caption(purifier: LatentPurifier) -> Purifier:
         with purifier.using(guidance_scale=1.0):
             return purifier(x, [""] * len(x), keys)
 
-    return Purifier(function, random=True, made_of=purifier, purifier="no caption", guidance_scale=1.0)
+    calls = len(purifier.schedule()[1])
+    settings: dict[str, Any] = {"purifier": "no caption", "guidance_scale": 1.0}
+    return Purifier(function, random=True, made_of=purifier, denoiser_calls=calls, **settings)
 
 
 def _check_latent(purifier: Any) -> None:

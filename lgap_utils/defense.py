@@ -123,8 +123,8 @@ class LGAP(nn.Module):
         trace = Trace() if with_trace else None
         captions = self.caption(x)
         image = self.purify(x, captions, Keys.of_content(x, seed), trace)
-        logits = self.classify(torch.cat([image, x]))
-        return Purified(image[0], captions[0], logits[0], trace, x[0], logits[1], self.classes)
+        logits, before = self.classify(image)[0], self.classify(x)[0]
+        return Purified(image[0], captions[0], logits, trace, x[0], before, self.classes)
 
 
 @dataclass

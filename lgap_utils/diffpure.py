@@ -8,11 +8,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from . import checks
-from .defense import noise_schedule
-from .identity import config_digest, digest
+from .defense import LatentPurifier, noise_schedule
+from .identity import changed_by_hand, config_digest, digest
 from .images import resize
 from .loading import load_whole, loading, model_folder
 from .noise import Keys
@@ -31,41 +30,36 @@ class PixelPurifier(nn.Module):
     DDIM, 1 is DDPM's noise at each step, drawn by keys. Raises ValueError for settings that cannot work.
     """
 
+    strength: float = 0.1
+    num_inference_steps: int = 50
+    eta: float = 0.0
+    checkpointing: bool = True
+
     SETTINGS = ("strength", "num_inference_steps", "eta")
     takes_draws = True
+    # settings and what the backward pass computes again are handled as in latent space
+    _set: Any = LatentPurifier._set
+    using: Any = LatentPurifier.using
+    recomputed: Any = LatentPurifier.recomputed
 
-    def __init__(
-        self,
-        unet: Any,
-        scheduler: Any,
-        *,
-        strength: float = 0.1,
-        num_inference_steps: int = 50,
-        eta: float = 0.0,
-        checkpointing: bool = True,
-    ):
+    def __init__(self, unet: Any, scheduler: Any, **settings: Any):
         from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
         super().__init__()
+        self.fold = _fold_of(unet.config, scheduler.config)
         how = {"clip_sample": False, "thresholding": False, "set_alpha_to_one": True, "steps_offset": 0}
         kind: Any = DDIMScheduler
         self.scheduler = kind.from_config(scheduler.config, timestep_spacing="trailing", **how)
-        self.unet, self.checkpointing = unet.eval(), checkpointing
+        self.unet = unet.eval()
         self.requires_grad_(False)
-        self.strength, self.num_inference_steps, self.eta = strength, num_inference_steps, eta
-        check_real("eta", eta, 1.0)
-        checks.check_flags(checkpointing=checkpointing)
-        if not 0 <= eta <= 1:
-            raise ValueError(f"eta={eta}: expected 0 (DDIM) to 1 (DDPM)")
-        channels, predicts = unet.config.in_channels, self.scheduler.config.prediction_type
-        self.fold = round((channels / 3) ** 0.5)
-        if channels != 3 * self.fold**2 or unet.config.out_channels != channels or predicts != "epsilon":
-            got = f"{channels} channels in, {unet.config.out_channels} out, prediction {predicts!r}"
-            raise ValueError(f"unet: {got}; expected 3 k^2 of both, and the prediction 'epsilon'")
-        self.schedule()
+        self._set(settings)
 
     def schedule(self) -> tuple[int, list[int]]:
-        """(time of the noise, times of the steps), see `defense.noise_schedule`."""
+        """(time of the noise, times of the steps), see `defense.noise_schedule`. The settings are checked."""
+        check_real("eta", self.eta, 1.0)
+        checks.check_flags(checkpointing=self.checkpointing)
+        if not 0 <= self.eta <= 1:
+            raise ValueError(f"eta={self.eta}: expected 0 (DDIM) to 1 (DDPM)")
         return noise_schedule(self.scheduler, self.strength, self.num_inference_steps, "diffusers")
 
     def forward(self, x: Tensor, captions: Iterable[str], keys: Keys | None = None) -> Tensor:
@@ -77,8 +71,7 @@ class PixelPurifier(nn.Module):
         noise = keys.normal(z.shape[1:], "noise").to(z)
         z = self.scheduler.add_noise(z, noise, torch.full((len(z),), t_noise, device=z.device))
         for t in times:
-            again = self.checkpointing and z.requires_grad  # the backward pass computes each step again
-            z = checkpoint(self.step, z, t, keys, use_reentrant=False) if again else self.step(z, t, keys)
+            z = self.recomputed(self.step, z, t, keys)
         pixels = (F.pixel_shuffle(z, self.fold) / 2 + 0.5).clamp(0, 1)
         return resize(pixels, x.shape[-2:]).to(x)
 
@@ -97,7 +90,24 @@ class PixelPurifier(nn.Module):
         """What defines the purification, by name; its networks by digests of their configurations."""
         parts = [[type(part).__name__, config_digest(part.config)] for part in (self.unet, self.scheduler)]
         own = {name: getattr(self, name) for name in self.SETTINGS}
+        own |= changed_by_hand(self.scheduler, self.unet)
         return {"name": "pixel diffusion", "network and scheduler": digest(parts), **own}
+
+
+def _fold_of(unet: Any, scheduler: Any) -> int:
+    """Pixels of a side that are channels, by the configurations. Raises ValueError for what cannot purify."""
+    channels, predicts = unet.in_channels, scheduler.get("prediction_type", "epsilon")
+    fold = round((channels / 3) ** 0.5)
+    if channels != 3 * fold**2 or unet.out_channels != channels or predicts != "epsilon":
+        got = f"{channels} channels in, {unet.out_channels} out, prediction {predicts!r}"
+        raise ValueError(f"unet: {got}; expected 3 k^2 of both, and the prediction 'epsilon'")
+    if unet.get("num_class_embeds") or unet.get("class_embed_type"):
+        raise ValueError("unet: it wants a class for each image; expected one that denoises without")
+    if not isinstance(unet.sample_size, int):
+        raise ValueError(f"unet: sample_size={unet.sample_size!r}; expected the side of a square image")
+    if "beta_start" not in scheduler:
+        raise ValueError("scheduler: its configuration has no beta_start; expected one with betas, as DDPM's")
+    return fold
 
 
 def load_rival(

@@ -17,15 +17,23 @@ import torch
 from torch import Tensor, nn
 
 from . import train
-from .baselines import undefended, with_purifier
+from .baselines import no_caption, undefended, with_purifier
 from .data import load_images
 from .defense import LGAP, METHOD
+from .diffpure import load_rival
 from .evaluate import Evaluation, describe_defense, purified_pixels
 from .files import CheckpointError, folder_lock, locate, sha256, verify, write_whole
 from .hub import lock_entries
 from .identity import identity, state_digest
 from .images import Images
-from .models import CAPTIONER_FILES, diffusion_files, load_classifier, load_defense, save_classifier_like
+from .models import (
+    CAPTIONER_FILES,
+    device_of,
+    diffusion_files,
+    load_classifier,
+    load_defense,
+    save_classifier_like,
+)
 from .profiles import REVISIONS, ROOT, Profile
 from .purified import purify_rows
 from .rows import differences
@@ -76,64 +84,89 @@ def purified_rows(
     return purify_rows(defense, images, profile.outputs / "rows" / name, x=x, **how)
 
 
-def finetune(profile: Profile, defense: LGAP) -> tuple[list[dict], Any]:
+def finetune(profile: Profile, defense: LGAP, name: str = "") -> tuple[list[dict], Any]:
     """Fine-tune the defence's classifier in place (paper section 4.1) and save it to profile.finetuned.
 
-    Returns (its learning curve, rows of the purified training images). A killed run resumes. Raises
-    ValueError for a classifier of another architecture than the profile's, as it could not be loaded again.
+    name: of a defence with another purifier, for a place of its own beside that. Returns (its learning curve,
+    rows of the purified training images). A killed run resumes. Raises ValueError for a classifier of another
+    architecture than the profile's, as it could not be loaded again.
     """
-    with folder_lock(_finetuning_folder(profile), wait=True):
-        return _finetune(profile, defense)
+    with folder_lock(_finetuning_folder(profile, name), wait=True):
+        return _finetune(profile, defense, name)
 
 
-def load_finetuned(profile: Profile) -> LGAP:
+def load_finetuned(profile: Profile, name: str = "", **parts: Any) -> LGAP:
     """The profile's defence with the classifier that `finetune` saved.
 
-    Raises CheckpointError where there is none, and ValueError where its settings or its first weights differ.
+    name: as there; parts: captioner and purifier in place of the profile's. Raises CheckpointError where
+    there is none, and ValueError where its settings or its first weights differ.
     """
-    record = profile.finetuned / "finetuning.json"
+    saved = _saved(profile, name)
+    record = saved / "finetuning.json"
     if not record.is_file():
         problem = "no classifier was fine-tuned for this profile yet"
-        raise CheckpointError(f"{profile.finetuned}: {problem}; run notebook 03 first")
-    defense = load_defense(profile, classifier=profile.finetuned)
+        raise CheckpointError(f"{saved}: {problem}; run notebook 03 first")
+    defense = load_defense(profile, classifier=saved, **parts)
     began_as = state_digest(load_classifier(profile.classifier, device="cpu"))
     changed = differences(json.loads(record.read_text()), _finetuning(profile, defense, began_as))
     if changed:
-        problem = f"{profile.finetuned} was fine-tuned with other settings ({'; '.join(changed)})"
+        problem = f"{saved} was fine-tuned with other settings ({'; '.join(changed)})"
         raise ValueError(
             f"{problem}; set them back, or set LGAP_OUTPUTS to another folder and run notebook 03"
         )
     return defense
 
 
-def load_or_finetune(profile: Profile) -> LGAP:
+def load_or_finetune(profile: Profile, name: str = "", **parts: Any) -> LGAP:
     """`load_finetuned`, after `finetune` if that was not done yet."""
-    with folder_lock(_finetuning_folder(profile), wait=True):
-        if not (profile.finetuned / "finetuning.json").is_file():
-            finetune(profile, load_defense(profile))
-        return load_finetuned(profile)
+    with folder_lock(_finetuning_folder(profile, name), wait=True):
+        if not (_saved(profile, name) / "finetuning.json").is_file():
+            finetune(profile, load_defense(profile, **parts), name)
+        return load_finetuned(profile, name, **parts)
 
 
-def _finetuning_folder(profile: Profile) -> Path:
-    return profile.outputs / "rows" / f"03_finetune_{profile.dataset}"
+def load_rival_defense(profile: Profile) -> LGAP:
+    """The profile's rival, which reads no caption, before a classifier fine-tuned on what it purified.
+
+    With n_rival_tuning = 0, the classifier is as it came. Raises ValueError for a profile without a rival.
+    """
+    p = profile
+    if not p.rival:
+        raise ValueError(f"rival: the profile {p.name!r} names none; expected a UNet2DModel, see profiles.py")
+    settings = {"strength": p.rival_strength, "num_inference_steps": p.rival_steps}
+    purifier = load_rival(p.rival, p.rival_revision, device=device_of(), **settings)
+    parts = {"captioner": no_caption, "purifier": purifier}
+    if not p.n_rival_tuning:
+        return load_defense(p, **parts)
+    return load_or_finetune(dataclasses.replace(p, n_finetune=p.n_rival_tuning), "rival", **parts)
 
 
-def _finetune(profile: Profile, defense: LGAP) -> tuple[list[dict], Any]:
+def _saved(profile: Profile, name: str) -> Path:
+    """Where the fine-tuned classifier of a defence lies."""
+    return profile.finetuned.with_name("_".join(filter(None, (profile.finetuned.name, name))))
+
+
+def _finetuning_folder(profile: Profile, name: str) -> Path:
+    return profile.outputs / "rows" / "_".join(filter(None, ("03_finetune", profile.dataset, name)))
+
+
+def _finetune(profile: Profile, defense: LGAP, name: str) -> tuple[list[dict], Any]:
     net, p = defense.classifier, profile
     _check_architecture(p, net)
     began_as = state_digest(net)
     tuning = load_images(p.dataset, "train", p.n_finetune)
     validation = load_images(p.dataset, "validation", min(p.n_validation, p.n_finetune))
-    rows = purified_rows(p, defense, tuning, f"03_train_{p.dataset}")
-    rows_val = purified_rows(p, defense, validation, f"03_validation_{p.dataset}")
+    whose = "_".join(filter(None, (p.dataset, name)))
+    rows = purified_rows(p, defense, tuning, f"03_train_{whose}")
+    rows_val = purified_rows(p, defense, validation, f"03_validation_{whose}")
     x, x_val = (purified_pixels(r, tuning.pixels.shape[1:]) for r in (rows, rows_val))
     how = {"epochs": p.finetune_epochs, "lr": p.finetune_lr, "batch_size": p.finetune_batch, "seed": p.seed}
     how |= {"schedule": p.finetune_schedule, "augment": p.finetune_augment}
-    folder = _finetuning_folder(p)
+    folder, saved = _finetuning_folder(p, name), _saved(p, name)
     curve = train.finetune(net, x, tuning.labels, folder, x_val=x_val, y_val=validation.labels, **how)
-    record = p.finetuned / "finetuning.json"
+    record = saved / "finetuning.json"
     record.unlink(missing_ok=True)
-    save_classifier_like(net, p.classifier, p.finetuned)
+    save_classifier_like(net, p.classifier, saved)
     settings = json.dumps(_finetuning(p, defense, began_as), indent=1, sort_keys=True)
     write_whole(record, settings.encode())  # last, as it says that the classifier is whole
     return curve, rows

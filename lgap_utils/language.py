@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING, Any
 
-from .baselines import Told, no_caption, undefended, vae_round_trip, with_purifier, without_caption
+from .baselines import Told, undefended, vae_round_trip, with_purifier, without_caption
 from .defense import LGAP
 from .identity import named
 from .ladders import told_the_class
@@ -55,11 +55,6 @@ def guided(purifier: Any, scale: float) -> Any:
 def _with(defense: LGAP, captioner: Any, purifier: Any = None) -> LGAP:
     parts = captioner, purifier or defense.purifier, defense.classifier
     return LGAP(*parts, defense.classes, defense.input_size)
-
-
-def rival(defense: LGAP, purifier: Any) -> LGAP:
-    """Another purifier, which reads no caption, before the same classifier."""
-    return LGAP(no_caption, purifier, defense.classifier, defense.classes, defense.input_size)
 
 
 def worth(rows: Frame, first: str, second: str, column: str = "adversarial") -> str:

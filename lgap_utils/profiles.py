@@ -96,6 +96,7 @@ class Profile:
     rival_revision: str | None = None
     rival_strength: float = 0.1  # DiffPure's t = 0.1
     rival_steps: int = 50  # of which strength * steps are taken
+    n_rival_tuning: int = 0  # training images purified by it to fine-tune its classifier on; 0: as it came
     needs_gpu: bool = False  # refuse to start without one; LGAP_DEVICE=cpu overrules it
 
     # the defense (paper sections 3.1, 3.2 and 4.1)
@@ -223,6 +224,7 @@ LIMITS = {
     "finetune_lr": (0, 1),
     "min_length": (0,),
     "seed": (0,),
+    "n_rival_tuning": (0,),
     "workers": (0,),
 }
 

@@ -174,6 +174,10 @@ class Attack:
             words.append("towards the likeliest wrong class")
         elif self.view not in ("blind", "vae"):
             words.append("captions anew" if self.captions == "anew" else "caption of the clean image")
+        if self.rounded:
+            words.append("cut to whole 1/255")
+        if self.seed:
+            words.append(f"attack seed {self.seed}")
         return "; ".join(words)
 
     def _describe_optimiser(self) -> str:
@@ -209,10 +213,6 @@ class Attack:
             words.append(f"in squares of {self.low_pass} pixels")
         if self.target is not None:
             words.append(f"aimed at class {self.target}")
-        if self.rounded:
-            words.append("cut to whole 1/255")
-        if self.seed:
-            words.append(f"attack seed {self.seed}")
         return [*words, self.success]
 
     def purifications(self) -> tuple[int, int]:
@@ -247,7 +247,6 @@ _ATTACKS = [
     Attack("AutoAttack", optimiser="autoattack", n_steps=100),
     Attack("PGD-10", n_steps=10),
     # beyond the paper: what an attacker does who sees the whole defence
-    Attack("PGD-20+EOT, full gradient", view="full", n_steps=20, n_eot=5),
     Attack("PGD-20, full gradient, known noise", view="full", n_steps=20, known_noise=True),
     Attack("Square", optimiser="square", view="full", n_steps=100, n_eot=4),
     # cheap surrogates of the purifier; the captioner as a target, alone and with the full gradient

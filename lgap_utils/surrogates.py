@@ -9,10 +9,12 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from .attacks import SCALE, View, full, gradient
 from .batches import call_in_batches
@@ -57,15 +59,14 @@ class one_step(Surrogate):
 
 # ---------------------------------------------------------------- the captioner as a target
 
+CLASSES = 128  # texts in a call of the captioner
 
-class caption(View):
-    """Aims at the captioner alone: ascends the log-likelihood of a caption with a wrong class.
 
-    The target is the clean image's caption with its class word replaced by the wrong class word that the
-    captioner finds most likely there; "a CLASS" where the caption names no class. `aimed` chooses it.
+class by_class(View):
+    """The captioner as a classifier: logit k is the mean log-likelihood of a token of "a CLASS k".
+
+    A view like any other, of a captioner with `log_likelihood`; classes are asked for CLASSES at a time.
     """
-
-    targets: dict[int | str, str]
 
     def __init__(self, defense: LGAP):
         super().__init__(defense)
@@ -79,6 +80,26 @@ class caption(View):
                 "classes: the defence does not name them, so no wrong class can be put into a caption"
             )
 
+    def forward(self, x: Tensor, keys: Keys) -> Tensor:
+        texts = [f"a {class_names(name)[0]}" for name in self.defense.classes or ()]
+        parts = [texts[k : k + CLASSES] for k in range(0, len(texts), CLASSES)]
+        ask = self.defense.captioner.log_likelihood
+        if len(parts) > 1:  # of many classes, no part waits in memory for the backward pass
+            ask = partial(checkpoint, ask, use_reentrant=False)
+        logits = torch.stack([torch.cat([ask(image[None], part) for part in parts]) for image in x])
+        return logits.repeat_interleave(len(keys) // len(x), 0)
+
+
+class caption(by_class):
+    """Aims at the captioner alone: ascends the log-likelihood of a caption with a wrong class.
+
+    The target is the clean image's caption with its class word replaced by the wrong class word that the
+    captioner finds most likely there; `aimed` chooses it. Where that caption names no class, as free text
+    may, there is no target, and the image moves away from its own class as `by_class` sees it.
+    """
+
+    targets: dict[int | str, str]  # "": none
+
     def aimed(self, x: Tensor, y: Tensor, indices: Sequence[int | str]) -> caption:
         """This view with the targets of images x [n, 3, h, w] with labels y [n]."""
         view = copy.copy(self)
@@ -90,16 +111,21 @@ class caption(View):
         return view
 
     def gradient(self, x: Tensor, y: Tensor, keys: Keys, n_eot: int, *how: Any) -> tuple[Tensor, list[bool]]:
-        """The gradient of the mean token log-likelihood of the targets; the captioner draws no noise.
+        """The gradient of the mean token log-likelihood of the targets, or of `by_class`; there is no noise.
 
         Arguments as those of `attacks.gradient`. The caption that is generated is not looked at, so no image
         counts as broken on the way.
         """
-        leaf = x.detach().clone().requires_grad_(True)
-        texts = [self.targets[index] for index in keys.indices[::n_eot]]
-        likelihood = self.defense.captioner.log_likelihood(leaf, texts)
-        (slope,) = torch.autograd.grad(SCALE * likelihood.sum(), leaf)
-        return slope / SCALE, [True] * len(x)
+        keys, slope = keys[::n_eot], torch.zeros_like(x)
+        texts = [self.targets[index] for index in keys.indices]
+        aimed, free = ([k for k, text in enumerate(texts) if bool(text) is has] for has in (True, False))
+        if aimed:
+            leaf = x[aimed].detach().clone().requires_grad_(True)
+            likelihood = self.defense.captioner.log_likelihood(leaf, [texts[k] for k in aimed])
+            slope[aimed] = torch.autograd.grad(SCALE * likelihood.sum(), leaf)[0] / SCALE
+        if free:
+            slope[free] = gradient(by_class(self.defense), x[free], y[free], keys[free])[0]
+        return slope, [True] * len(x)
 
 
 class joint(caption):
@@ -118,20 +144,22 @@ def _unit(grad: Tensor) -> Tensor:
 
 
 def wrong_caption(defense: LGAP, image: Tensor, text: str, label: int) -> str:
-    """The target of `caption` for one image [3, h, w] whose caption is `text`."""
+    """The target of `caption` for one image [3, h, w] whose caption is `text`; "" if that names no class."""
     names = [class_names(name)[0] for k, name in enumerate(defense.classes or ()) if k != label]
     candidates = with_class(text, defense.classes or (), names)
+    if not candidates:
+        return ""
     likelihood = defense.captioner.log_likelihood
     with torch.no_grad():
-        found = call_in_batches(lambda p: likelihood(image[None], candidates[p]), len(candidates), 64)
+        found = call_in_batches(lambda p: likelihood(image[None], candidates[p]), len(candidates), CLASSES)
     return candidates[int(torch.cat(found).argmax())]
 
 
 def with_class(text: str, classes: Sequence[str], names: Sequence[str]) -> list[str]:
-    """`text` with the first class name in it replaced by each of the names; "a NAME" where it holds none."""
+    """`text` with the first class name in it replaced by each of the names; [] where it holds none."""
     known = sorted({name for each in classes for name in class_names(each)}, key=len, reverse=True)
     pattern = "|".join(re.escape(name).replace(r"\ ", "[ _-]") for name in known)
     match = re.search(rf"\b({pattern})\b", text, re.IGNORECASE)
     if not match:
-        return [f"a {name}" for name in names]
+        return []
     return [text[: match.start()] + name + text[match.end() :] for name in names]

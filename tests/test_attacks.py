@@ -563,6 +563,7 @@ def test_a_perturbation_in_whole_steps_stays_in_the_ball_and_another_seed_is_ano
     l2 = Attack("l2", norm="l2", eps_255=127.5)
     assert torch.allclose(l2.distance(x, x + 0.01), torch.full((N,), 0.01 * x[0].numel() ** 0.5))
     assert "L2 0.5" in l2.describe() and "attack seed 1" in Attack("s", seed=1).describe()
+    assert "whole 1/255; attack seed 2" in Attack("a", "autoattack", rounded=True, seed=2).describe()
     for bad in ({"norm": "l1"}, {"low_pass": 0}, {"target": -1}, {"rounded": 1}, {"seed": -1}):
         with pytest.raises(ValueError, match=next(iter(bad))):
             Attack("bad", **bad)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from diffusers import DDIMPipeline, DDIMScheduler, DDPMScheduler, UNet2DModel
+from diffusers import DDIMPipeline, DDIMScheduler, DDPMScheduler, EDMEulerScheduler, UNet2DModel
 
 from lgap_utils import baselines, diffpure
 from lgap_utils.attacks import full
@@ -71,6 +71,16 @@ def test_the_gradient_is_that_of_plain_autograd_and_noise_belongs_to_the_image(e
         assert torch.allclose(draws[::3], both, atol=1e-5) and not torch.allclose(draws[1], draws[0])
 
 
+def test_a_backward_pass_after_the_settings_changed_is_that_of_the_forward_pass():
+    mine, leaf = purifier(strength=0.4, num_inference_steps=10, eta=1.0), X.clone().requires_grad_(True)
+    (expected,) = torch.autograd.grad(mine(leaf, [], KEYS).square().sum(), leaf)
+    loss = mine(leaf, [], KEYS).square().sum()
+    with mine.using(num_inference_steps=50, eta=0.0):
+        assert mine.denoiser_calls == 20 and mine.settings()["eta"] == 0
+        (slope,) = torch.autograd.grad(loss, leaf)
+    assert torch.equal(slope, expected) and mine.settings()["num_inference_steps"] == 10
+
+
 def test_pixels_are_folded_as_the_network_has_channels_for():
     folded = purifier(network(12, sample_size=4), num_inference_steps=10, strength=0.1)
     assert folded.fold == 2 and folded(X, [], KEYS).shape == X.shape
@@ -97,12 +107,24 @@ def test_it_is_a_purifier_as_any_other_and_says_what_it_is(defense):
         ({"eta": "1"}, "eta='1': expected a number"),
         ({"strength": 0.01}, "gives 0 denoising steps"),
         ({"checkpointing": "no"}, "expected True or False"),
+        ({"steps": 5}, "no setting steps; choose from"),
         ({"unet": network(4)}, "4 channels in, 4 out"),
+        ({"unet": network(num_class_embeds=2)}, "it wants a class for each image"),
+        ({"unet": network(sample_size=None)}, "sample_size=None"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(settings, complaint):
     with pytest.raises(ValueError, match=complaint):
         purifier(**settings)
+
+
+def test_a_scheduler_without_betas_is_refused_and_one_changed_by_hand_is_known():
+    with pytest.raises(ValueError, match="no beta_start"):
+        PixelPurifier(UNET, EDMEulerScheduler())
+    mine, same = purifier(), purifier()
+    assert mine.settings() == same.settings()
+    mine.scheduler.alphas_cumprod = mine.scheduler.alphas_cumprod * 0.9
+    assert mine.settings() != same.settings()
 
 
 def test_it_loads_from_the_layout_of_the_hub_and_a_missing_file_is_named(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lgap_utils import experiment, identity, models, zoo
+from lgap_utils import baselines, experiment, identity, models, zoo
 from lgap_utils.files import CheckpointError, sha256
 from lgap_utils.profiles import REVISIONS
 
@@ -77,6 +77,26 @@ def test_another_classifier_is_not_taken_for_the_profiles_fine_tuned_one(own):
     with pytest.raises(ValueError, match="holds rows of another configuration"):
         experiment.finetune(own, load(own))
     assert (own.finetuned / "model.safetensors").read_bytes() == kept
+
+
+def test_a_rival_has_a_fine_tuned_classifier_of_its_own_where_the_profile_says_so(own, tmp_path):
+    from test_diffpure import UNET, DDPMScheduler
+
+    with pytest.raises(ValueError, match="rival: the profile 'tiny' names none"):
+        experiment.load_rival_defense(own)
+    UNET.save_pretrained(tmp_path / "rival")
+    DDPMScheduler().save_pretrained(tmp_path / "rival")
+    own = dataclasses.replace(own, rival=str(tmp_path / "rival"), rival_steps=10)
+    as_it_came = experiment.load_rival_defense(own)
+    assert digest(as_it_came) == digest(load(own)) and as_it_came.purifier.denoiser_calls == 1
+    tuned = experiment.load_rival_defense(dataclasses.replace(own, n_rival_tuning=4))
+    assert digest(tuned) != digest(as_it_came) and not own.finetuned.exists()
+    experiment.finetune(own, load(own))
+    again = experiment.load_rival_defense(dataclasses.replace(own, n_rival_tuning=4))
+    assert digest(again) == digest(tuned) != digest(experiment.load_finetuned(own))
+    parts = {"captioner": baselines.no_caption, "purifier": as_it_came.purifier}
+    with pytest.raises(ValueError, match="was fine-tuned with other settings .*captioner"):
+        experiment.load_finetuned(own, **parts)
 
 
 def test_two_that_fine_tune_at_once_end_with_the_same_classifier(own):

@@ -14,10 +14,10 @@ from lgap_utils.profiles import AUTHORS, PAPER, PROFILES, SMALL, TOY, get_profil
 
 # sha256 of all fields, values and types, of a profile and of its Tables 1 to 4. Stored rows belong to them.
 DIGESTS = {
-    "toy": "17e30b524e04d947 3eaad6fbfa93742d e3882d833d62e606 e3882d833d62e606 47e72d9a2452fe2d",
-    "small": "74ee377d7d11474f 74ee377d7d11474f 5f1ae426ff98ce2a 74ee377d7d11474f 4ee3e6a5fc656f16",
-    "paper": "ea2b20d2f46cae93 ea2b20d2f46cae93 2fe34694d3c49fbe 1f20885514003030 1bac774aa17fb3c5",
-    "authors": "edd467f69244298b edd467f69244298b 20890ed31913dbc2 cb3ef17fce6cb020 5c967eef35155e9b",
+    "toy": "7010b846c0a87c75 d2805c7d38be0506 cba0c7e110fb442d cba0c7e110fb442d d36346f63e62f436",
+    "small": "8ad7ce5ac57748a4 8ad7ce5ac57748a4 c2b2f47b2039272d 8ad7ce5ac57748a4 7df9dbd1dd63898d",
+    "paper": "9b9552d37fdf848a 9b9552d37fdf848a 4da85d521a3e82ee 8bf42614fb74fc43 a075b53b7c131aac",
+    "authors": "ba825aec3eb9767d ba825aec3eb9767d fcfa223bf784baac a08d1685f47e7a42 c355919714269cbb",
 }
 
 

@@ -39,6 +39,9 @@ def test_every_number_of_an_attack_reaches_the_optimiser(monkeypatch):
             "known_noise": True,
             "any_step": True,
             "n_restarts": 2,
+            "norm": "l2",
+            "low_pass": 2,
+            "target": 3,
         },
     )
     monkeypatch.setattr(protocols, "pgd", lambda model, x, y, **settings: seen.update(settings) or x)
