@@ -70,7 +70,9 @@ def out(tmp_path_factory):
     picture = new_output("display_data", {"image/png": PIXEL, "text/plain": "<Figure>"})
     evil = new_output("execute_result", {"text/html": "<script>document.title='obeyed'</script>5"})
     cells = [
-        new_markdown_cell("[![Open](https://example.org/a.svg)](https://example.org)\n\n# 01 A title"),
+        new_markdown_cell(
+            "[![Open](https://example.org/a.svg)](https://example.org)\n\n# 01 A title\n\n## Its part\n\n[next](02_b.ipynb)"
+        ),
         new_code_cell("x", execution_count=1, outputs=[picture], metadata={"tags": ["shows-data"]}),
         new_code_cell("y", execution_count=2, outputs=[picture, evil]),
     ]
@@ -104,12 +106,13 @@ def test_it_says_what_was_run_and_what_to_doubt(out):
 def test_no_text_of_a_model_is_markup(out):
     text = (out / "index.html").read_text()
     assert "<img src=x" not in text and text.count("<script") == 2 and "\\u003c/script" in text
-    assert "<script" not in (out / "pages/01_first.html").read_text()
+    assert "script-src 'none'" in (out / "pages/01_first.html").read_text()
 
 
 def test_an_executed_notebook_is_a_page_without_a_foreign_address(out):
     text = (out / "pages/01_first.html").read_text()
     assert "example.org" not in text and "01 A title" in text and text.count("image/png") == 2
+    assert 'href="02_b.html"' in text
 
 
 def test_a_setting_that_differs_is_named(out, tmp_path):
@@ -216,8 +219,10 @@ def test_in_a_browser_it_asks_nothing_of_a_network_and_fits(browser, out, width)
     assert complaints == [] and all(address.startswith(("file:", "data:")) for address in asked)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     assert page.title() == "lgap: profile toy"  # no caption was obeyed
-    page.goto((out / "pages/01_first.html").as_uri())
+    page.goto((out / "pages/01_first.html").as_uri())  # in it a script would give another title
     assert page.title() == "01 A title" and page.evaluate("document.documentElement.scrollWidth") <= width
+    box = page.locator("h2").first.bounding_box()
+    assert box and box["width"] > width / 2 and page.inner_text("h2") == "Its part"
 
 
 def test_in_a_browser_filters_and_orders_do_what_they_say(browser, out):

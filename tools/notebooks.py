@@ -50,7 +50,8 @@ def as_page(nb: Any) -> bytes:
     for cell in nb.cells:
         if cell.cell_type == "markdown":
             cell.source = re.sub(r"\[!\[[^\]]*\]\([^)]*\)\]\([^)]*\)", "", cell.source)  # badges
-    exporter = HTMLExporter(template_name="basic", sanitize_html=True)
+            cell.source = re.sub(r"\((\d\d_\w+)\.ipynb\)", r"(\1.html)", cell.source)
+    exporter = HTMLExporter(template_name="basic")  # the page's own policy lets no script in it run
     exporter.log.setLevel("ERROR")  # or it misses an alternative text at every figure
     body, _ = exporter.from_notebook_node(nb)
     body = '<p><a href="../index.html">← the run</a></p>' + body

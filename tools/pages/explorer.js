@@ -58,9 +58,9 @@ const pictures = (image, rung) => {
   return out.childNodes.length ? out : null;
 };
 const line = (key, ...rest) => make("p", {}, make("span", { class: "key" }, `${key} `), ...rest);
-const cells = (image, rung) => make("div", { class: "cells", role: "list" }, ...here().rungs.map((each, k) => {
+const cells = (image, rung) => make("div", { class: "rungs", role: "list" }, ...here().rungs.map((each, k) => {
   const of = kind(image, under(image, k)), text = `${each.name}: ${WORDS[of]}`;
-  return make("span", { class: `cell ${of} ${k === rung ? "now" : ""}`, role: "listitem", title: text, "aria-label": text }, SIGN[of]);
+  return make("span", { class: `rung ${of} ${k === rung ? "now" : ""}`, role: "listitem", title: text, "aria-label": text }, SIGN[of]);
 }));
 const card = (image, list) => {
   const rung = state.rung, seen = under(image, rung), clean = under(image, 0), name = here().rungs[rung].name;
@@ -76,7 +76,7 @@ const open = (image, list) => {
   const step = by => make("button", { type: "button", disabled: !list[place + by], onclick: () => open(list[place + by], list) }, by < 0 ? "← Previous" : "Next →");
   const body = make("tbody", {}, ...here().rungs.map((rung, k) => {
     const seen = under(image, k), of = kind(image, seen);
-    return make("tr", {}, make("td", {}, make("span", { class: `cell ${of}`, title: WORDS[of] }, SIGN[of]), ` ${rung.name}`), seen
+    return make("tr", {}, make("td", {}, make("span", { class: `rung ${of}`, title: WORDS[of] }, SIGN[of]), ` ${rung.name}`), seen
       ? make("td", {}, pictures(image, k) || "", line("caption:", caption(seen)), line("LGAP, draw by draw:", seen.labels.map(label => here().classes[label]).join(", ")),
         seen.undefended === null ? null : line("undefended:", judged(seen.undefended === image.label, here().classes[seen.undefended])),
         make("details", {}, make("summary", {}, "protocol"), rung.protocol))
