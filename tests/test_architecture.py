@@ -84,7 +84,7 @@ def lines_of(files: list[Path]) -> int:
 
 
 def test_the_package_and_the_tools_stay_thin():
-    assert lines_of(PACKAGE) <= 7300
+    assert lines_of(PACKAGE) <= 7350
     assert lines_of([file for file in SOURCES if file.parent.name == "tools"]) <= 3000
 
 
