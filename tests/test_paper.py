@@ -39,7 +39,7 @@ SIZES = {
     "n_validation": 2,
     "n_eot": 2,
     "n_steps_full": 2,
-    "num_inference_steps": 4,
+    "num_inference_steps": 10,
     "size": 128,
     "same_models": True,
 }  # fewer draws, steps and pixels; the numbers are compared all the same
@@ -184,7 +184,7 @@ def test_every_notebook_of_paper_runs_from_a_hub_cache(cache, tmp_path):
     datasets = [results[f"table {k}"]["provenance"]["settings"]["dataset"] for k in range(1, 5)]
     assert datasets == ["cifar10", "cifar100", "cifar10", "imagenet"]
     purifier = results["table 1"]["provenance"]["defence"]["purifier"]["is"]
-    assert (purifier["size"], purifier["num_inference_steps"], purifier["dtype"]) == (128, 4, "bfloat16")
+    assert (purifier["size"], purifier["num_inference_steps"], purifier["dtype"]) == (128, 10, "bfloat16")
     assert (
         "inside" in (out / "tables" / "04_table1.md").read_text()
         or "outside" in (out / "tables" / "04_table1.md").read_text()
