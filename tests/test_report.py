@@ -71,13 +71,8 @@ def out(tmp_path_factory):
     evil = new_output("execute_result", {"text/html": "<script>document.title='obeyed'</script>5"})
     cells = [
         new_markdown_cell(
-<<<<<<< HEAD
-            "[![Open](https://example.org/a.svg)](https://example.org)\n\n# 01 A title\n\n## Its part\n\n"
-            "[next](02_b.ipynb)"
-=======
             "[![Open](https://example.org/a.svg)](https://example.org)\n\n"
             "# 01 A title\n\n## Its part\n\n[next](02_b.ipynb)"
->>>>>>> report
         ),
         new_code_cell("x", execution_count=1, outputs=[picture], metadata={"tags": ["shows-data"]}),
         new_code_cell("y", execution_count=2, outputs=[picture, evil]),
