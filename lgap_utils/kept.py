@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,14 +72,19 @@ def runs_in(folder: str | Path) -> tuple[Runs, str, str]:
 
 
 def tables_of(folder: str | Path) -> dict[str, Frame]:
-    """{title: table} of kept rows: all attacks, mildest first, the same on common images, the worst case."""
+    """{title: table} of kept rows: all attacks, mildest first; those in the ball that most of them share on
+    their common images, and the worst of these for each image.
+    """
     runs, defence, dataset = runs_in(folder)
     runs = {name: run for name, run in runs.items() if defence in set(run[1]["defence"])}
     stand = lambda run: accuracy(run[1][run[1]["defence"] == defence])["%"]
     runs = dict(sorted(runs.items(), key=lambda item: -stand(item[1])))
-    classes, shared = classes_of(dataset), common(runs, defence)
-    worst = worst_case(runs, defence)
-    last = pd.DataFrame({"% that stand": [as_text(worst)], "n": [worst["n"]]}, index=["worst of all attacks"])
+    ball = lambda attack: (attack.norm, attack.eps_255)
+    (most, _), *_ = Counter(ball(attack) for attack, _ in runs.values()).most_common(1)
+    alike = {name: run for name, run in runs.items() if ball(run[0]) == most}
+    classes, shared = classes_of(dataset), common(alike, defence)
+    worst = worst_case(alike, defence)
+    last = pd.DataFrame({"% that stand": [as_text(worst)], "n": [worst["n"]]}, index=["the worst of these"])
     tables = {"every attack": ladder(runs, classes, defence)}
     return tables | {"on common images": ladder(shared, classes, defence), "image by image": last}
 
