@@ -15,7 +15,7 @@ from lgap_utils.profiles import AUTHORS, PAPER, PROFILES, SMALL, TOY, get_profil
 # sha256 of all fields, values and types, of a profile and of its Tables 1 to 4. Stored rows belong to them.
 DIGESTS = {
     "toy": "7010b846c0a87c75 d2805c7d38be0506 cba0c7e110fb442d cba0c7e110fb442d d36346f63e62f436",
-    "small": "90b48cd513c4c1f2 90b48cd513c4c1f2 0d82f354807b4862 90b48cd513c4c1f2 9fc032211b09241e",
+    "small": "88894a6cbd449cc9 88894a6cbd449cc9 244e5ab03b434db1 88894a6cbd449cc9 235099cd499335b7",
     "paper": "9b9552d37fdf848a 9b9552d37fdf848a 4da85d521a3e82ee 8bf42614fb74fc43 a075b53b7c131aac",
     "authors": "ba825aec3eb9767d ba825aec3eb9767d fcfa223bf784baac a08d1685f47e7a42 c355919714269cbb",
 }
