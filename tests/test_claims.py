@@ -45,7 +45,7 @@ def planted(folder, whole=None, caption="0.4 (0.1 to 1.6)", gap=("+8.0", "+5.0 t
     save = lambda name, rows: pd.DataFrame(rows).to_csv(folder / "tables" / f"{name}.csv", index=False)
     names = {"captions": "names the true class, clean", "%": 84.0, "95 % interval": "80.0 to 88.0", "n": 512}
     save("01_captions", [names, names | {"captions": "names the true class, attacked"}])
-    rungs = {"blind PGD-40": "70.0 (66.0 to 74.0)", "PGD-20 on the caption": caption}
+    rungs = {"blind PGD-40": "70.0 (66.0 to 74.0)", "on the caption": caption}
     rows = [{"LGAP under": name, "caption alone, %": cell, "n": 512} for name, cell in rungs.items()]
     save("06_ladder", rows)
     save("06_common", [{"LGAP under": "blind PGD-40", "natural, %": "90.0 (80.0 to 96.0)", "n": 64}])

@@ -191,7 +191,7 @@ def verdicts(of: Published) -> list[tuple[str, str, str]]:
         worth(of, f"{FURTHER} LGAP is worth more than its caption alone: the difference", "caption alone"),
         robustness(of, "It withstands an attacker who sees the purifier, BPDA", 3, "BPDA"),
         robustness(of, "The same, averaged over the defence's noise", 3, "BPDA 40+EOT"),
-        caption_rung(of, f"{FURTHER} captions withstand an attack on the captioner", "PGD-20 on the caption"),
+        caption_rung(of, f"{FURTHER} captions withstand an attack on the captioner", "on the caption"),
         robustness(of, "The same at half the radius and less noise", 4, "BPDA-40"),
         whole_ladder(of),
     ]
