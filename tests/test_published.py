@@ -14,10 +14,13 @@ from lgap_utils.protocols import Attack
 from lgap_utils.rows import Rows, differences
 
 PUBLISHED = Path(__file__).resolve().parents[1] / "outputs" / "published" / "small"
+# but those of a captioner that is told the classes, which takes the data set to make
 FOLDERS = sorted(file.parent for file in (PUBLISHED / "rows").glob("*/*/config.json"))
+FOLDERS = [folder for folder in FOLDERS if not folder.parent.name.endswith("_told")]
 # {folder of an evaluation: (the paper's table whose settings it has, whether its classifier is fine-tuned)}
 EVALUATIONS = {
     "table1_and_3": (1, True),
+    "table1_and_3_known": (1, True),  # two draws, which the attacker knows
     "table1_as_it_came": (1, False),
     "table2": (2, True),
     "table4": (4, False),
@@ -53,8 +56,9 @@ def test_the_checkout_accepts_published_rows(folder, described_here, tmp_path):
     here, attack = json.loads(json.dumps(described_here[folder.parent.name])), config["attack"]
     assert folder_name(attack["name"]) == folder.name and Attack(**attack).settings() == attack
     assert config["method"] == METHOD and config["dataset"] == profile.dataset
-    assert config["seed"] == profile.seed
-    assert not differences(config["target"], {"name": "LGAP"} | here["LGAP"])
+    assert config["seed"] == profile.seed + (folder.parent.name == "table2")  # notebook 05 takes the next one
+    target = config["target"]["name"]
+    assert not differences(config["target"], {"name": target} | here[target])
     folder = shutil.copytree(folder, tmp_path / folder.name)  # a shard that is not whole would be set aside
     attacked = Rows(folder, config).read()
     assert len(attacked) and attacked["inside"].all()
@@ -66,4 +70,4 @@ def test_the_checkout_accepts_published_rows(folder, described_here, tmp_path):
         assert not differences({**own, "defence": None, "n_draws": None}, {**config, "defence": None})
         scored = Rows(file.parent, own, ("index", "draw")).read()
         assert set(scored["draw"]) == set(range(own["n_draws"]))
-        assert own["n_draws"] in (1, profile.n_draws) and set(scored["index"]) <= set(attacked["index"])
+        assert own["n_draws"] in (1, 2, profile.n_draws) and set(scored["index"]) <= set(attacked["index"])
